@@ -1,0 +1,109 @@
+"""Every error agentrl raises on purpose.
+
+    AgentRLError
+    ├── ConfigError            a setting, file or command line is wrong; names the place
+    ├── DataError              a row, task or data file is wrong; names file and row
+    ├── StreamError            the trajectory stream refused, lost or corrupted something
+    │   ├── CodecError         bytes that are not a valid entry of a known schema
+    │   ├── StreamFull         the bound is reached: wait, never drop
+    │   └── Fenced             a newer learner owns the stream; this one must stop
+    ├── CheckpointError        a checkpoint is missing, torn or does not fit
+    ├── WeightSyncError        a server could not be brought to the announced policy
+    ├── StalledError           nothing moved for too long; names the stage
+    └── RolloutError           one rollout failed; its siblings go on
+        ├── ToolError          the model's mistake: the text is shown to the model
+        ├── ToolInfraError     the tool itself failed: never a negative reward
+        ├── SandboxError       the sandbox service failed
+        ├── GenerationError    no server could generate
+        ├── TemplateError      the chat template is not prefix-preserving
+        └── DeadlineExceeded   a deadline owned by the caller passed
+
+A message has three parts: what happened, the numbers, what to change.
+"""
+
+
+class AgentRLError(Exception):
+    """Base of every deliberate error."""
+
+
+class ConfigError(AgentRLError):
+    """A setting, file or command line is wrong; the message names the place and the nearest valid key."""
+
+
+class DataError(AgentRLError):
+    """A task, row or data file is malformed; the message names file and row."""
+
+
+class StreamError(AgentRLError):
+    """The trajectory stream refused, lost or corrupted something."""
+
+
+class CodecError(StreamError):
+    """The bytes are not a valid entry: truncated, corrupted, or of an unknown schema."""
+
+
+class StreamFull(StreamError):
+    """The stream holds as much as it may; the producer must wait."""
+
+
+class Fenced(StreamError):
+    """A learner with a newer run epoch owns the stream; this process must stop."""
+
+
+class CheckpointError(AgentRLError):
+    """A checkpoint is missing, torn, or does not fit the model or the run."""
+
+
+class WeightSyncError(AgentRLError):
+    """A server could not be brought to the announced policy version."""
+
+
+class StalledError(AgentRLError):
+    """Nothing moved for longer than the limit; the message names the stage that waits."""
+
+
+class RolloutError(AgentRLError):
+    """One rollout failed; it is recorded and its siblings go on."""
+
+    kind = "rollout"
+
+
+class ToolError(RolloutError):
+    """The model's mistake. The text is shown to the model as the tool's result."""
+
+    kind = "tool"
+
+
+class ToolInfraError(RolloutError):
+    """The tool itself failed (network, crash, timeout of a service). It never counts against the model."""
+
+    kind = "tool_infra"
+
+
+class SandboxError(ToolInfraError):
+    """The sandbox service failed or could not be reached."""
+
+    kind = "sandbox"
+
+
+class GenerationError(RolloutError):
+    """No server could produce the generation."""
+
+    kind = "generation"
+
+
+class TemplateError(RolloutError):
+    """The chat template changed tokens that were already fixed, so ids could not be extended."""
+
+    kind = "template"
+
+
+class DeadlineExceeded(RolloutError):
+    """A deadline owned by the caller passed."""
+
+    kind = "deadline"
+
+    def __init__(self, stage: str, seconds: float) -> None:
+        super().__init__(f"{stage} did not finish within {seconds:g} s")
+        self.stage = stage
+        self.seconds = seconds

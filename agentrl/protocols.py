@@ -1,0 +1,130 @@
+"""The seams. Each has at least two implementations; the shipped doubles in ``agentrl.testing`` count.
+
+``Env`` and ``Tool`` are what users write; the others hold the stages apart, which never import each other.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from agentrl.types import (
+    Episode,
+    Generation,
+    GroupClose,
+    Message,
+    PolicyRecord,
+    SamplingParams,
+    Score,
+    Task,
+    Trajectory,
+    TrajectoryGroup,
+)
+
+
+class Env(Protocol):
+    """Tasks and scoring. Subclass it, or give a verl-style ``compute_score`` in the config instead."""
+
+    def prompt(self, task: Task) -> Sequence[Message]:
+        """The messages that open the rollout."""
+        return task.prompt
+
+    async def score(self, episode: Episode) -> Score:
+        """The reward of a finished rollout. Raising fails the rollout, never the run."""
+        ...
+
+    async def reply(self, episode: Episode) -> str | None:
+        """A user message that continues the conversation (loop ``env``), or None to end it."""
+        return None
+
+
+@dataclass(slots=True, kw_only=True)
+class ToolContext:
+    """What a tool may know of the rollout that calls it. The ground truth is absent unless the tool is an oracle."""
+
+    trajectory_id: str
+    task_id: str
+    sample_index: int
+    turn: int = 0
+    kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """The row's ``tools_kwargs[<tool>]``."""
+    state: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Lives as long as the trajectory; shared by its calls."""
+    ground_truth: Any = None
+    """Only set for tools declared with ``oracle: true``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolResult:
+    """What a tool answers: text for the model, and optionally a step reward and metrics."""
+
+    text: str
+    reward: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+class Tool(Protocol):
+    """A tool that lives as long as the trajectory: ``open``, any number of ``call``, then always ``close``."""
+
+    async def open(self, ctx: ToolContext) -> None:
+        """Acquire what the trajectory needs."""
+
+    async def call(self, **arguments: Any) -> str | ToolResult:
+        """Answer one call. ``ToolError`` is text for the model; any other exception is an infrastructure failure."""
+        ...
+
+    async def close(self) -> None:
+        """Release it. Always runs, also after cancellation."""
+
+
+class Generator(Protocol):
+    """Sample tokens. ``AsyncLLMServerManager`` is the real one."""
+
+    async def generate(
+        self,
+        ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        trajectory_id: str,
+        group_id: str,
+        deadline: float,
+    ) -> Generation:
+        """Continue ``ids``.
+
+        Args:
+            ids: the whole context so far.
+            sampling: how to sample.
+            trajectory_id: later turns go where its cache is.
+            group_id: the siblings' first turns go to one server.
+            deadline: seconds from now after which ``DeadlineExceeded`` is raised.
+
+        Raises:
+            GenerationError: no server could generate.
+            DeadlineExceeded: the deadline passed.
+        """
+        ...
+
+
+class TrajectorySink(Protocol):
+    """Where finished work goes. Blocks while the stream is full; never drops."""
+
+    async def put_trajectory(self, trajectory: Trajectory) -> None: ...
+
+    async def close_group(self, close: GroupClose) -> None: ...
+
+
+class TrajectorySource(Protocol):
+    """Where the learner gets complete groups, each exactly once per checkpoint lineage."""
+
+    def next_group(self, timeout_s: float) -> TrajectoryGroup | None:
+        """The next complete group, or None when none came in time."""
+        ...
+
+    def commit(self, ids: Iterable[str], *, outcomes: Mapping[str, str]) -> None:
+        """Acknowledge entries whose effect a durable checkpoint contains."""
+        ...
+
+
+class WeightSync(Protocol):
+    """The learner's way to tell every server what to serve."""
+
+    def publish(self, record: PolicyRecord) -> None: ...
