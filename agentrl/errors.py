@@ -9,12 +9,14 @@
     │   └── Fenced             a newer learner owns the stream; this one must stop
     ├── CheckpointError        a checkpoint is missing, torn or does not fit
     ├── WeightSyncError        a server could not be brought to the announced policy
+    ├── TrainingDiverged       gradients stayed non-finite; the weights are the last finite ones
     ├── StalledError           nothing moved for too long; names the stage
     └── RolloutError           one rollout failed; its siblings go on
         ├── ToolError          the model's mistake: the text is shown to the model
         ├── ToolInfraError     the tool itself failed: never a negative reward
         ├── SandboxError       the sandbox service failed
         ├── GenerationError    no server could generate
+        ├── RewardError        the scorer raised, or returned no number
         ├── TemplateError      the chat template is not prefix-preserving
         └── DeadlineExceeded   a deadline owned by the caller passed
 
@@ -58,6 +60,10 @@ class WeightSyncError(AgentRLError):
     """A server could not be brought to the announced policy version."""
 
 
+class TrainingDiverged(AgentRLError):
+    """Gradients were not finite several updates in a row; the weights are those of the last finite update."""
+
+
 class StalledError(AgentRLError):
     """Nothing moved for longer than the limit; the message names the stage that waits."""
 
@@ -90,6 +96,12 @@ class GenerationError(RolloutError):
     """No server could produce the generation."""
 
     kind = "generation"
+
+
+class RewardError(RolloutError):
+    """The scorer raised or returned something that is no reward; the rollout is kept for replay, never trained on."""
+
+    kind = "reward"
 
 
 class TemplateError(RolloutError):

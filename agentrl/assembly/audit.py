@@ -1,0 +1,224 @@
+"""``agentrl audit`` and ``agentrl ledger``: proofs from the run directory and the stream, not from what the run says of itself."""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from agentrl.assembly.parts import start_stream_server, stream_url
+from agentrl.config import Config, parse_config
+from agentrl.errors import ConfigError, DataError
+from agentrl.stream.codec import content_digest
+from agentrl.stream.keys import Keys
+from agentrl.stream.ledger import Ledger, read_ledger
+from agentrl.stream.server import connect
+from agentrl.telemetry.run_dir import RunDir, read_jsonl
+from agentrl.telemetry.trajectory_log import from_record, read_records
+from agentrl.types import Trajectory
+
+MAX_SHOWN = 5
+
+
+@dataclass
+class Check:
+    """One property, how often it was looked at, and where it is broken."""
+
+    name: str
+    checked: int = 0
+    breaches: list[str] = field(default_factory=list[str])
+
+    def expect(self, holds: bool, breach: str) -> None:
+        self.checked += 1
+        if not holds:
+            self.breaches.append(breach)
+
+
+@dataclass
+class AuditReport:
+    """Every check; clean when none is broken."""
+
+    run: str
+    step: int
+    trained: int
+    checks: list[Check]
+
+    @property
+    def clean(self) -> bool:
+        return not any(c.breaches for c in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "run": self.run,
+            "clean": self.clean,
+            "step": self.step,
+            "trained": self.trained,
+            "checks": [{"name": c.name, "checked": c.checked, "breaches": c.breaches} for c in self.checks],
+        }
+
+    def text(self) -> str:
+        lines = [f"audit of {self.run}: checkpoint step {self.step}, {self.trained} trained trajectories"]
+        for c in self.checks:
+            lines.append(f"  {'ok    ' if not c.breaches else 'BREACH'} {c.name} ({c.checked} checked)")
+            lines += [f"         {b}" for b in c.breaches[:MAX_SHOWN]]
+            if len(c.breaches) > MAX_SHOWN:
+                lines.append(f"         … and {len(c.breaches) - MAX_SHOWN} more")
+        lines.append("clean: nothing lost, nothing twice, what was trained is what was sampled" if self.clean else "NOT clean")
+        return "\n".join(lines)
+
+
+def audit_run(root: Path) -> AuditReport:
+    """Check a run.
+
+    Raises:
+        ConfigError: it is no run directory, or has no checkpoint yet.
+        DataError: a file of the run is not what it should be, with file and line.
+    """
+    run = RunDir.open(root)
+    config = _config_of(run)
+    checkpoint = newest_checkpoint(run)
+    trained = list(_trained(checkpoint))
+    decided = {str(e["id"]): str(e["outcome"]) for e in read_jsonl(checkpoint / "ledger.jsonl")}
+    sampled = _sampled_by_id(run)
+    checks = [
+        _once_each(trained),
+        _as_sampled(trained, sampled),
+        _well_formed(sampled),
+        _fresh_enough(trained, sampled, config),
+        *_acknowledged(run, config, trained, decided),
+    ]
+    step = int(json.loads((checkpoint / "state.json").read_text())["version"])
+    return AuditReport(run=str(root), step=step, trained=len(trained), checks=checks)
+
+
+def ledger_of(root: Path) -> Ledger:
+    """The stream's book of the run; its own server is started for the look when it is not up."""
+    run = RunDir.open(root)
+    config = _config_of(run)
+    was_up = run.url_of("redis") is not None
+    url = stream_url(config, run)
+    try:
+        with connect(url, role="audit") as client:
+            return read_ledger(client, Keys(config.run.name))
+    finally:
+        server = None if was_up else start_stream_server(config, run)
+        if server is not None:
+            server.stop()
+            run.deregister("redis")
+
+
+def newest_checkpoint(run: RunDir) -> Path:
+    """The checkpoint that ``latest`` names.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    latest = run.checkpoints / "latest"
+    folder = latest.resolve() if latest.is_symlink() else run.checkpoints / latest.read_text().strip() if latest.is_file() else None
+    if folder is None or not folder.is_dir():
+        raise ConfigError(f"{run.checkpoints} holds no checkpoint yet; there is nothing to audit before the first one")
+    return folder
+
+
+def _config_of(run: RunDir) -> Config:
+    return parse_config(yaml.safe_load(run.config.read_text()), place=str(run.config))
+
+
+@dataclass(frozen=True, slots=True)
+class _Trained:
+    step: int
+    id: str
+    digest: str
+
+
+def _trained(checkpoint: Path) -> Iterator[_Trained]:
+    path = checkpoint / "trained_ids.jsonl"
+    for number, line in enumerate(read_jsonl(path), 1):
+        try:
+            yield _Trained(int(line["step"]), str(line["id"]), str(line["digest"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path}:{number} is no trained trajectory: {error!r}") from error
+
+
+def _sampled_by_id(run: RunDir) -> Mapping[str, list[Trajectory]]:
+    found: dict[str, list[Trajectory]] = defaultdict(list)
+    for record in read_records(run.trajectories):
+        trajectory = from_record(record)
+        found[trajectory.id].append(trajectory)
+    return found
+
+
+def _once_each(trained: Iterable[_Trained]) -> Check:
+    check = Check("each trained id exactly once in the checkpoint's lineage (I3)")
+    for name, count in Counter(t.id for t in trained).items():
+        check.expect(count == 1, f"{name} was trained {count} times")
+    return check
+
+
+def _as_sampled(trained: Iterable[_Trained], sampled: Mapping[str, list[Trajectory]]) -> Check:
+    check = Check("trained ids, mask, logprobs and versions equal the sampled ones (I1)")
+    for entry in trained:
+        candidates = sampled.get(entry.id, [])
+        check.expect(bool(candidates), f"{entry.id} was trained at step {entry.step} but is not in trajectories/")
+        if candidates:
+            same = any(content_digest(t) == entry.digest for t in candidates)
+            check.expect(same, f"{entry.id}: what was trained at step {entry.step} differs from what was sampled")
+    return check
+
+
+def _well_formed(sampled: Mapping[str, list[Trajectory]]) -> Check:
+    check = Check("mask exactly on the sampled turns; logprobs and versions aligned (I1, I5)")
+    for trajectories in sampled.values():
+        for t in trajectories:
+            check.expect(not (problem := _misaligned(t)), f"{t.id}: {problem}")
+    return check
+
+
+def _misaligned(t: Trajectory) -> str:
+    for index, s in enumerate(t.segments):
+        expected = np.zeros(len(s.ids), np.bool_)
+        for turn in t.turns:
+            if turn.kind == "model" and turn.segment == index:
+                expected[turn.start : turn.end] = True
+        if not np.array_equal(expected, s.mask):
+            return f"segment {index}: the mask is on {int(s.mask.sum())} tokens, the model's turns sampled {int(expected.sum())}"
+        if (s.versions[s.mask] < 0).any() or (s.versions[~s.mask] != -1).any():
+            return f"segment {index}: versions do not follow the mask"
+        if (s.logprobs[~s.mask] != 0).any() or (s.logprobs[s.mask] > 0).any() or not np.isfinite(s.logprobs).all():
+            return f"segment {index}: logprobs do not follow the mask"
+    return ""
+
+
+def _fresh_enough(trained: Iterable[_Trained], sampled: Mapping[str, list[Trajectory]], config: Config) -> Check:
+    check = Check(f"staleness at consumption within learn.max_staleness={config.learn.max_staleness} (I4)")
+    if config.learn.on_stale != "drop":
+        return check
+    for entry in trained:
+        for t in sampled.get(entry.id, []):
+            if content_digest(t) == entry.digest:
+                staleness = abs(entry.step - 1 - t.min_version)
+                check.expect(
+                    staleness <= config.learn.max_staleness,
+                    f"{entry.id}: sampled at version {t.min_version}, trained at {entry.step - 1}",
+                )
+                break
+    return check
+
+
+def _acknowledged(run: RunDir, config: Config, trained: list[_Trained], decided: Mapping[str, str]) -> list[Check]:
+    """The stream's counts must be those of the surviving checkpoint."""
+    book = ledger_of(run.root)
+    closes = Check("the ledger's sums close (I7)")
+    closes.expect(book.closes, f"submitted {book.submitted} differs from the sum of the outcomes: {book.to_json()}")
+    acked = Check("acknowledged outcomes equal the checkpoint's (I3)")
+    if config.queue.ack_at == "checkpoint":
+        acked.expect(book.trained == len(trained), f"the stream acknowledged {book.trained} trained, the checkpoint holds {len(trained)}")
+        counts = Counter(outcome.partition(":")[0] for outcome in decided.values())
+        for outcome in ("filtered", "stale"):
+            seen = int(getattr(book, outcome))
+            acked.expect(seen == counts[outcome], f"the stream acknowledged {seen} {outcome}, the checkpoint holds {counts[outcome]}")
+    return [closes, acked]

@@ -1,0 +1,173 @@
+"""``agentrl doctor``: check a machine before a run, or name the stage of a run that waits."""
+
+import importlib.metadata
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from agentrl.config import Config
+from agentrl.errors import AgentRLError
+from agentrl.telemetry.run_dir import RunDir
+
+Level = Literal["ok", "warn", "fail"]
+
+STALE_STATUS_S = 15.0
+"""A status older than this means that its process no longer reports."""
+LONG_WAIT_S = 60.0
+MIN_FREE_GIB = 5.0
+ADVICE = {
+    "weights": "serve waits for learn to announce a policy, or for an engine to load it: is `learn` running? see logs/engine-*.log",
+    "server": "no engine can take a request: see logs/engine-*.log",
+    "stream": "the stream is full and learn does not acknowledge: is `learn` running? it acknowledges at checkpoints (learn.save_every)",
+    "capacity": "generation is ahead of training by the allowed staleness: the learner is the bottleneck (this is healthy)",
+    "trainer": "generation is ahead of training by the allowed staleness: the learner is the bottleneck (this is healthy)",
+    "group": "learn waits for complete groups: generation is the bottleneck, or `serve` is not running",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    subject: str
+    level: Level
+    text: str
+    fix: str = ""
+
+    def to_json(self) -> dict[str, str]:
+        return asdict(self)
+
+    def line(self) -> str:
+        return f"{self.level:4}  {self.subject:12} {self.text}" + (f"\n{'':19}→ {self.fix}" if self.fix else "")
+
+
+def diagnose_machine(config: Config | None) -> list[Finding]:
+    """Versions, devices, the stream's server, the sandbox, disk; with a config also its model, template and tools."""
+    checks: list[tuple[str, Callable[[], Finding]]] = [
+        ("python", _python),
+        ("torch", _torch),
+        ("stream", _stream_server),
+        ("sandbox", _sandbox),
+        ("disk", lambda: _disk(Path(config.run.dir) if config else Path())),
+    ]
+    if config is not None:
+        checks += [("tasks", lambda: _tasks(config)), ("template", lambda: _template(config)), ("reward", lambda: _reward(config))]
+    return [_guarded(subject, check) for subject, check in checks]
+
+
+def diagnose_run(root: Path) -> list[Finding]:
+    """Who lives, who waits, for what, and since when."""
+    run = RunDir.open(root)
+    return list(_run_findings(run))
+
+
+def _run_findings(run: RunDir) -> Iterator[Finding]:
+    alive = {e["role"]: e["pid"] for e in run.processes()}
+    yield Finding("processes", "ok" if alive else "warn", ", ".join(f"{r} {p}" for r, p in sorted(alive.items())) or "none is running")
+    for role in ("serve", "learn"):
+        status = run.read_status(role)
+        if not status:
+            yield Finding(role, "warn", "has not reported yet")
+            continue
+        age = time.time() - status["time"]
+        if role not in alive:
+            yield Finding(role, "warn", f"is not running; it last reported {age:.0f} s ago", f"agentrl {role} -c {run.config}")
+        elif age > STALE_STATUS_S:
+            yield Finding(role, "fail", f"pid {alive[role]} has not reported for {age:.0f} s: it hangs or is stopped", f"see logs/{role}.log")
+        else:
+            yield from _waits(role, status)
+
+
+def _waits(role: str, status: dict[str, Any]) -> Iterator[Finding]:
+    waits: dict[str, dict[str, float]] = status.get("waits") or {}
+    if not waits:
+        yield Finding(role, "ok", "moves")
+    for reason, wait in waits.items():
+        long = wait["oldest_s"] > LONG_WAIT_S
+        text = f"waits for {reason}: {wait['count']:.0f} waiting, the oldest for {wait['oldest_s']:.0f} s"
+        yield Finding(role, "warn" if long else "ok", text, ADVICE.get(reason.partition(":")[0], "") if long else "")
+
+
+def _guarded(subject: str, check: Callable[[], Finding]) -> Finding:
+    try:
+        return check()
+    except (AgentRLError, OSError, ImportError, ValueError) as error:
+        return Finding(subject, "fail", f"{type(error).__name__}: {error}")
+
+
+def _python() -> Finding:
+    names = ("agentrl", "torch", "transformers", "redis", "aiohttp")
+    versions = ", ".join(f"{n} {importlib.metadata.version(n)}" for n in names)
+    return Finding("python", "ok", f"{sys.version.split()[0]}; {versions}")
+
+
+def _torch() -> Finding:
+    import torch
+
+    if torch.cuda.is_available():
+        names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+        return Finding("torch", "ok", f"CUDA: {names}")
+    return Finding("torch", "ok", f"CPU only, {os.cpu_count()} cores")
+
+
+def _stream_server() -> Finding:
+    from agentrl.stream.server import EmbeddedServer, check_server, connect, find_server_binary
+
+    path, version = find_server_binary()
+    with tempfile.TemporaryDirectory(prefix="agentrl-doctor-") as folder:
+        server = EmbeddedServer(Path(folder))
+        url = server.ensure()
+        try:
+            with connect(url, role="doctor") as client:
+                persistence = check_server(client)
+        finally:
+            server.stop()
+    return Finding("stream", "ok", f"{path} {version} starts and answers; durability {persistence}")
+
+
+def _sandbox() -> Finding:
+    from agentrl.sandbox import probe_tier
+
+    tier = probe_tier()
+    if tier == "zygote":
+        return Finding("sandbox", "ok", "namespaces and seccomp: full isolation")
+    if tier:
+        return Finding("sandbox", "warn", f"only the weaker tier {tier} is possible here", "see docs/sandbox.md for what it does not cover")
+    return Finding("sandbox", "fail", "no isolation is possible here", "use a kernel with user namespaces or Landlock")
+
+
+def _disk(folder: Path) -> Finding:
+    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free / 2**30
+    level: Level = "ok" if free >= MIN_FREE_GIB else "warn"
+    return Finding("disk", level, f"{free:.1f} GiB free at {existing}", "" if level == "ok" else "checkpoints and weights may not fit")
+
+
+def _tasks(config: Config) -> Finding:
+    from agentrl.assembly.parts import load_tasks
+
+    tasks = load_tasks(config.data.train, what="data.train")
+    return Finding("tasks", "ok", f"{len(tasks)} training tasks in {config.data.train}")
+
+
+def _template(config: Config) -> Finding:
+    from agentrl.assembly.parts import build_template, build_toolbox, load_tokenizer
+
+    tokenizer = load_tokenizer(config)
+    toolbox = build_toolbox(config, tokenizer, sandbox_url="http://127.0.0.1:9")
+    build_template(config, tokenizer, toolbox)
+    names = ", ".join(s["function"]["name"] for s in toolbox.schemas()) or "no tools"
+    return Finding("template", "ok", f"is prefix-preserving; offers {names}")
+
+
+def _reward(config: Config) -> Finding:
+    from agentrl.assembly.parts import build_scorer, env_name
+
+    build_scorer(config)
+    return Finding("reward", "ok", env_name(config))

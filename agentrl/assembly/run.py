@@ -1,0 +1,220 @@
+"""``agentrl run``: sandbox, serve and learn on one machine, watched until the learner is done.
+
+The supervisor does no work of its own. A child that dies is started again with the same command; it finds its place from the
+checkpoint and the stream. The first Ctrl-C (or SIGTERM) drains: serve finishes its groups, learn writes a checkpoint and
+acknowledges. The second ends everything at once.
+"""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from agentrl.assembly.parts import needs_sandbox, run_dir_of, start_stream_server
+from agentrl.assembly.sandbox import SUPERVISED_VARIABLE, free_port, sandbox_arguments
+from agentrl.config import Config, dump_config
+from agentrl.errors import AgentRLError, ConfigError
+from agentrl.process import die_with_parent
+from agentrl.telemetry.run_dir import RunDir
+
+log = logging.getLogger(__name__)
+
+EXIT_CONFIG = 2
+"""Exit code of a configuration error: starting again cannot help."""
+MAX_RESTARTS = 20
+"""Restarts of one child within ``RESTART_WINDOW_S`` before the run gives up."""
+RESTART_WINDOW_S = 600.0
+DRAIN_LIMIT_S = 120.0
+"""How long a child may take to drain before it is killed."""
+
+
+class RunFailed(AgentRLError):
+    """A part of the run could not be kept alive."""
+
+
+@dataclass
+class Child:
+    """One supervised process."""
+
+    role: str
+    command: list[str]
+    env: dict[str, str]
+    log_path: Path
+    process: subprocess.Popen[bytes] | None = None
+    starts: list[float] = field(default_factory=list[float])
+
+    def start(self) -> None:
+        self.starts.append(time.monotonic())
+        with self.log_path.open("ab") as sink:
+            # Its own session: the terminal's Ctrl-C reaches only the supervisor, which decides the order of the end.
+            self.process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=sink,
+                env=self.env,
+                start_new_session=True,
+                preexec_fn=die_with_parent,
+            )
+
+    def poll(self) -> int | None:
+        return None if self.process is None else self.process.poll()
+
+    def signal(self, number: int) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(number)
+
+    def wait(self, seconds: float) -> int | None:
+        assert self.process is not None
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def restarts_in_window(self) -> int:
+        return sum(1 for t in self.starts if time.monotonic() - t < RESTART_WINDOW_S) - 1
+
+    def log_tail(self, lines: int = 15) -> str:
+        try:
+            return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-lines:])
+        except FileNotFoundError:
+            return ""
+
+
+def run(config: Config, arguments: Sequence[str], *, tick: Callable[[RunDir], None] | None = None) -> RunDir:
+    """Supervise a run until the learner has made its steps.
+
+    Args:
+        config: the validated config.
+        arguments: ``-c FILE key=value …`` as given; the children load the same.
+        tick: called about twice a second while the run goes on (the live view).
+
+    Raises:
+        RunFailed: a child kept dying; the message holds the end of its log.
+        ConfigError: the run is already active.
+    """
+    directory = run_dir_of(config).create()
+    refuse_if_active(directory, ("run", "serve", "learn"))
+    directory.config.write_text(dump_config(config))
+    directory.register("run")
+    directory.event("run_started", arguments=list(arguments))
+    server = start_stream_server(config, directory)
+    stop = _StopOnSignal()
+    children = [_child(directory, config, role, arguments) for role in _roles(config)]
+    try:
+        with stop:
+            for child in children:
+                child.start()
+            _supervise(children, directory, stop, tick)
+    finally:
+        _shut_down(children, directory, stop)
+        if server is not None:
+            server.stop()
+            directory.deregister("redis")
+        directory.event("run_ended")
+        directory.deregister("run")
+    return directory
+
+
+def refuse_if_active(directory: RunDir, roles: Sequence[str]) -> None:
+    """Two of the same role would fight over the run.
+
+    Raises:
+        ConfigError: one is alive, with its pid.
+    """
+    for entry in directory.processes():
+        if entry["role"] in roles and entry["pid"] not in (os.getpid(), os.getppid()):
+            raise ConfigError(
+                f"{directory.root} is in use: {entry['role']} runs as pid {entry['pid']}. Wait for it, stop it, or choose another run.name"
+            )
+
+
+def _roles(config: Config) -> list[str]:
+    return (["sandbox"] if needs_sandbox(config) and config.sandbox.url == "auto" else []) + ["serve", "learn"]
+
+
+def _child(directory: RunDir, config: Config, role: str, arguments: Sequence[str]) -> Child:
+    env = {**os.environ, "TOKENIZERS_PARALLELISM": "false", SUPERVISED_VARIABLE: "1"}
+    env["OMP_NUM_THREADS"] = str(config.learn.threads if role == "learn" else 1)
+    command = [sys.executable, "-m", "agentrl"]
+    if role == "sandbox":
+        command += sandbox_arguments(config, directory, port=free_port("127.0.0.1"))  # kept across restarts: tools hold the address
+    else:
+        command += [role, *arguments]
+    return Child(role, command, env, directory.logs / f"{role}.log")
+
+
+def _supervise(
+    children: Sequence[Child], directory: RunDir, stop: "_StopOnSignal", tick: Callable[[RunDir], None] | None
+) -> None:
+    """Watch until the learner exits cleanly, a signal comes, or a child cannot be kept alive."""
+    while not stop.requested:
+        for child in children:
+            code = child.poll()
+            if code is None:
+                continue
+            directory.deregister(child.role)
+            if code == 0 and child.role == "learn":
+                return
+            _restart(child, code, directory)
+        if tick is not None:
+            tick(directory)
+        time.sleep(0.2)
+
+
+def _restart(child: Child, code: int, directory: RunDir) -> None:
+    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    directory.event("child_exited", role=child.role, code=code)
+    if code == EXIT_CONFIG or child.restarts_in_window() >= MAX_RESTARTS or _dies_young(child, code):
+        raise RunFailed(
+            f"{child.role} ended with {how} and starting it again would not help "
+            f"({child.restarts_in_window()} restarts so far). The end of {child.log_path}:\n{child.log_tail()}"
+        )
+    log.warning("child_restarted role=%s after=%s log=%s", child.role, how, child.log_path)
+    child.start()
+    directory.event("child_restarted", role=child.role, after=how)
+
+
+def _dies_young(child: Child, code: int) -> bool:
+    """Three exits by its own error within a minute: a bug or a bad input, not an accident."""
+    return code > 0 and sum(1 for t in child.starts if time.monotonic() - t < 60.0) >= 3
+
+
+def _shut_down(children: Sequence[Child], directory: RunDir, stop: "_StopOnSignal") -> None:
+    """End the children in the order of the data path: serve drains first, then learn saves, then the sandbox."""
+    for role in ("serve", "learn", "sandbox"):
+        for child in (c for c in children if c.role == role and c.poll() is None and c.process is not None):
+            child.signal(signal.SIGTERM)
+            limit = time.monotonic() + DRAIN_LIMIT_S
+            while child.wait(0.2) is None:
+                if stop.impatient or time.monotonic() > limit:
+                    log.warning("child_killed role=%s it did not drain in time", child.role)
+                    child.signal(signal.SIGKILL)
+            directory.deregister(child.role)
+
+
+class _StopOnSignal:
+    """Turns the first SIGINT or SIGTERM into ``requested`` and the second into ``impatient``."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.impatient = False
+
+    def __enter__(self) -> "_StopOnSignal":
+        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # The handlers stay while children drain, so that a second Ctrl-C is still counted; they go with the process.
+        return None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.impatient = self.requested
+        self.requested = True
+        log.warning("stopping: serve drains, learn writes a checkpoint. Once more ends at once")

@@ -1,0 +1,101 @@
+"""The sandbox service as a process of its own: in the foreground for the command, beside ``serve`` when a tool needs it."""
+
+import asyncio
+import os
+import socket
+import sys
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from agentrl.config import Config
+from agentrl.errors import SandboxError
+from agentrl.process import die_with_parent
+from agentrl.supervise import deadline
+from agentrl.telemetry.run_dir import RunDir
+
+SUPERVISED_VARIABLE = "AGENTRL_SUPERVISED"
+"""Set for children of ``agentrl run``, which starts the sandbox itself."""
+START_LIMIT_S = 60.0
+STOP_LIMIT_S = 10.0
+
+
+def serve_sandbox(
+    host: str,
+    port: int,
+    *,
+    workers: int,
+    memory_mb: int,
+    preload: Sequence[str],
+    token: str | None,
+    allow_unsafe: bool,
+    run_dir: Path | None,
+) -> None:
+    """Serve until stopped; with ``run_dir`` the address is recorded there as role ``sandbox``."""
+    from agentrl.sandbox.app import serve
+
+    port = port or free_port(host)
+    if run_dir is not None:
+        RunDir(run_dir).register("sandbox", url=f"http://{host}:{port}")
+    try:
+        serve(
+            host, port, workers=workers, memory_limit_mb=memory_mb, preload=tuple(preload), token=token, allow_unsafe=allow_unsafe
+        )
+    finally:
+        if run_dir is not None:
+            RunDir(run_dir).deregister("sandbox")
+
+
+@asynccontextmanager
+async def sandbox_process(config: Config, directory: RunDir, *, wanted: bool) -> AsyncGenerator[str | None]:
+    """A sandbox that lives as long as the block, or None where none is wanted.
+
+    Raises:
+        SandboxError: it did not come up; its log says why.
+    """
+    if not wanted:
+        yield None
+        return
+    if os.environ.get(SUPERVISED_VARIABLE):  # `agentrl run` starts and watches it
+        async with deadline(START_LIMIT_S, "sandbox start"):
+            while (url := directory.url_of("sandbox")) is None:
+                await asyncio.sleep(0.1)
+        yield url
+        return
+    command = [sys.executable, "-m", "agentrl", *sandbox_arguments(config, directory, port=0)]
+    log_path = directory.logs / "sandbox.log"
+    with log_path.open("ab") as sink:
+        process = await asyncio.create_subprocess_exec(
+            *command, stdout=sink, stderr=sink, start_new_session=True, preexec_fn=die_with_parent, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+    try:
+        async with deadline(START_LIMIT_S, "sandbox start"):
+            while (url := directory.url_of("sandbox")) is None:
+                if process.returncode is not None:
+                    raise SandboxError(f"the sandbox ended with code {process.returncode} while starting; see {log_path}")
+                await asyncio.sleep(0.1)
+        yield url
+    finally:
+        if process.returncode is None:
+            process.terminate()
+            try:
+                await asyncio.wait_for(process.wait(), STOP_LIMIT_S)
+            except TimeoutError:
+                process.kill()
+                await process.wait()
+        directory.deregister("sandbox")
+
+
+def sandbox_arguments(config: Config, directory: RunDir, *, port: int) -> list[str]:
+    """The command line of the run's sandbox."""
+    return [
+        "sandbox", "--port", str(port), "--run-dir", str(directory.root),
+        "--workers", str(config.sandbox.workers), "--memory-mb", str(config.sandbox.memory_mb),
+        *(flag for module in config.sandbox.preload for flag in ("--preload", module)),
+    ]  # fmt: skip
+
+
+def free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,261 @@
+"""``agentrl serve``: tasks in, trajectories on the stream, for as long as it is left running.
+
+Waits for: the first policy record (learn announces it), room on the stream (learn makes it by acknowledging), a server that
+serves the announced version (the reconciler brings it there). Each wait has a name in ``status/serve.json``.
+"""
+
+import asyncio
+import logging
+import signal
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import aiohttp
+import uvloop
+
+from agentrl.assembly.parts import (
+    build_scorer,
+    build_template,
+    build_toolbox,
+    env_name,
+    fingerprint,
+    load_tasks,
+    load_tokenizer,
+    needs_sandbox,
+    run_dir_of,
+    stream_url,
+    vocab_size_of,
+)
+from agentrl.assembly.run import refuse_if_active
+from agentrl.assembly.sandbox import sandbox_process
+from agentrl.config import Config, dump_config
+from agentrl.data.task_source import TaskSource
+from agentrl.rollout.agent_loop import Limits, run_rollout
+from agentrl.rollout.worker import RolloutWorker
+from agentrl.serving.engine_process import EmbeddedEngineSpec, EngineFleet, SGLangEngineSpec, kill_stale
+from agentrl.serving.server_manager import AsyncLLMServerManager
+from agentrl.serving.weight_reconciler import WeightReconciler
+from agentrl.stream.consumer import read_policy, read_progress
+from agentrl.stream.fingerprint import check_fingerprint
+from agentrl.stream.keys import Keys
+from agentrl.stream.producer import TrajectoryProducer
+from agentrl.stream.server import check_server, connect, connect_async
+from agentrl.supervise import current_waits, running
+from agentrl.telemetry.run_dir import RunDir
+from agentrl.telemetry.trajectory_log import TrajectoryLog
+from agentrl.types import Episode, SamplingParams, Task, Trajectory
+
+log = logging.getLogger(__name__)
+
+STATUS_EVERY_S = 1.0
+DRAIN_LIMIT_S = 60.0
+
+
+def main(config: Config) -> None:
+    """Run serve until SIGTERM or Ctrl-C, then drain."""
+    directory = run_dir_of(config).create()
+    refuse_if_active(directory, ("serve",))
+    if not directory.config.is_file():
+        directory.config.write_text(dump_config(config))
+    uvloop.run(serve(config, directory))
+
+
+async def serve(config: Config, directory: RunDir) -> None:
+    """Wire the parts and run them until a signal asks to drain."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    directory.register("serve")
+    try:
+        async with _rollouts(config, directory) as (worker, status):
+            directory.event("serve_ready")
+            async with running(worker=worker.run(), status=_report(directory, status)):
+                await stop.wait()
+                log.info("draining: open groups finish, no new ones start")
+                await worker.drain(limit_s=DRAIN_LIMIT_S)
+    finally:
+        directory.event("serve_ended")
+        directory.deregister("serve")
+
+
+@asynccontextmanager
+async def _rollouts(config: Config, directory: RunDir) -> AsyncGenerator[tuple[RolloutWorker, Callable[[], dict[str, Any]]]]:
+    """Everything a rollout needs, opened in the order of the data path and closed in reverse."""
+    tasks = TaskSource(load_tasks(config.data.train, what="data.train"), seed=config.run.seed, shuffle=config.data.shuffle)
+    tokenizer = load_tokenizer(config)
+    keys = Keys(config.run.name)
+    url = stream_url(config, directory)
+    sandbox_url = directory.url_of("sandbox") if config.sandbox.url == "auto" else config.sandbox.url
+    async with sandbox_process(config, directory, wanted=needs_sandbox(config) and not sandbox_url) as started_url:
+        toolbox = build_toolbox(config, tokenizer, sandbox_url=sandbox_url or started_url)
+        template = build_template(config, tokenizer, toolbox)
+        scorer = build_scorer(config)
+        with connect(url, role="serve") as checking:
+            persistence = check_server(checking)
+            check_fingerprint(checking, keys, "serve", fingerprint(config, tokenizer, toolbox.schemas()))
+        log.info("stream url=%s persistence=%s", directory.url_of("redis") or "configured", persistence)
+        client = connect_async(url, role="serve")
+        trajectory_log = TrajectoryLog(directory.trajectories) if config.log.trajectories == "all" else None
+        try:
+            async with engines(config, directory, model_path=config.model.path) as manager:
+                producer = TrajectoryProducer(client, keys, max_items=config.max_items, max_bytes=config.queue.max_bytes)
+                reconciler = WeightReconciler(
+                    manager, read_policy=partial(read_policy, client, keys), mode=config.serve.weight_sync,
+                    on_update=lambda update: directory.event("weights_updated", **update.to_json()),
+                )  # fmt: skip
+                meter = _TokenMeter()
+
+                def on_trajectory(trajectory: Trajectory, episode: Episode | None) -> None:
+                    meter.add(trajectory.num_sampled)
+                    if trajectory_log is not None:
+                        trajectory_log.write(trajectory, episode)
+
+                worker = RolloutWorker(
+                    task_at=tasks.task,
+                    sink=producer,
+                    read_progress=partial(read_progress, client, keys),
+                    rollout=rollout_function(config, manager, template, toolbox, scorer),
+                    group_size=config.serve.n,
+                    groups_per_step=config.learn.groups,
+                    max_staleness=config.learn.max_staleness,
+                    pipeline_depth=config.learn.pipeline_depth,
+                    in_flight=config.serve.in_flight,
+                    min_group=config.serve.min_group,
+                    group_timeout_s=config.serve.group_timeout_s,
+                    attempts=config.serve.attempts,
+                    on_trajectory=on_trajectory,
+                )
+                async with running(reconciler=reconciler.run()):
+                    yield worker, lambda: _status(worker, manager, meter, toolbox.stats())
+        finally:
+            if trajectory_log is not None:
+                trajectory_log.close()
+            await toolbox.aclose()
+            await client.aclose()
+
+
+def rollout_function(
+    config: Config,
+    manager: AsyncLLMServerManager,
+    template: Any,
+    toolbox: Any,
+    scorer: Any,
+    *,
+    sampling: SamplingParams | None = None,
+) -> Callable[..., Awaitable[Any]]:
+    """One rollout with everything but the task bound."""
+    limits = Limits(
+        max_turns=config.serve.turns,
+        max_tokens=config.serve.tokens,
+        max_tokens_per_turn=config.serve.tokens_per_turn,
+        max_tool_tokens=config.serve.tool_tokens,
+        max_calls_per_turn=config.serve.calls_per_turn,
+        max_invalid_calls=config.serve.invalid_calls,
+        turn_timeout_s=config.serve.turn_timeout_s,
+        rollout_timeout_s=config.serve.rollout_timeout_s,
+    )
+    sampling = sampling or SamplingParams(
+        max_new_tokens=config.serve.tokens_per_turn,
+        temperature=config.serve.temperature,
+        top_p=config.serve.top_p,
+        top_k=config.serve.top_k,
+    )
+
+    async def rollout(task: Task, trajectory_id: str, group_id: str, ordinal: int, sample_index: int, attempt: int) -> Any:
+        return await run_rollout(
+            task,
+            loop=task.agent or config.serve.agent,
+            template=template,
+            generator=manager,
+            toolbox=toolbox,
+            scorer=scorer,
+            limits=limits,
+            sampling=sampling,
+            trajectory_id=trajectory_id,
+            group_id=group_id,
+            ordinal=ordinal,
+            sample_index=sample_index,
+            attempt=attempt,
+            env_name=env_name(config),
+        )
+
+    return rollout
+
+
+@asynccontextmanager
+async def engines(config: Config, directory: RunDir, *, model_path: str) -> AsyncGenerator[AsyncLLMServerManager]:
+    """The manager over running servers: attached ones, or engine processes that are started, watched and stopped here."""
+    kill_stale([e for e in directory.recorded_processes() if e["role"].startswith("engine-")])
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        manager = AsyncLLMServerManager(session=session, seed=config.run.seed, vocab_size=vocab_size_of(model_path))
+        async with manager:
+            if config.serve.urls:
+                for url in config.serve.urls:
+                    await manager.add_server(url, api_key=config.serve.api_key, admin_key=config.serve.admin_key)
+                yield manager
+                return
+            fleet = EngineFleet(
+                _engine_spec(config, model_path),
+                replicas=config.serve.replicas,
+                manager=manager,
+                log_dir=directory.logs,
+                on_change=lambda entries: directory.update_processes(drop_prefix="engine-", add=entries),
+            )
+            async with fleet, running(fleet=fleet.watch()):
+                yield manager
+
+
+def _engine_spec(config: Config, model_path: str) -> EmbeddedEngineSpec | SGLangEngineSpec:
+    if config.serve.engine == "sglang":
+        return SGLangEngineSpec(
+            model_path=model_path, command=config.serve.sglang_command, extra_args=config.serve.sglang_args, dtype=config.model.dtype
+        )
+    return EmbeddedEngineSpec(
+        model_path=model_path,
+        device=config.serve.device,
+        dtype=config.model.dtype,
+        max_running_requests=config.serve.engine_requests,
+        num_blocks=config.serve.engine_blocks,
+        threads=config.serve.engine_threads,
+        seed=config.run.seed,
+    )
+
+
+async def _report(directory: RunDir, status: Callable[[], dict[str, Any]]) -> None:
+    while True:
+        directory.write_status("serve", status())
+        await asyncio.sleep(STATUS_EVERY_S)
+
+
+def _status(worker: RolloutWorker, manager: AsyncLLMServerManager, meter: "_TokenMeter", tools: Any) -> dict[str, Any]:
+    waits = {reason: {"count": w.count, "oldest_s": round(w.oldest_s, 1)} for reason, w in current_waits().items()}
+    return {
+        **worker.status(),
+        "wait": next(iter(waits), ""),
+        "waits": waits,
+        "tokens_per_s": round(meter.rate(), 1),
+        "engines": [server.to_json() for server in manager.stats()],
+        "tools": tools,
+    }
+
+
+@dataclass
+class _TokenMeter:
+    """Sampled tokens per second over the last half minute."""
+
+    window_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        self._events: list[tuple[float, int]] = []
+
+    def add(self, tokens: int) -> None:
+        self._events.append((time.monotonic(), tokens))
+
+    def rate(self) -> float:
+        now = time.monotonic()
+        self._events = [e for e in self._events if now - e[0] < self.window_s]
+        return sum(n for _, n in self._events) / max(1.0, now - self._events[0][0]) if self._events else 0.0

@@ -1,0 +1,243 @@
+"""``agentrl``: every command. Exit code 0 only when all is well, 2 for a wrong setting, 1 for anything else."""
+
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from agentrl.config import Config, dump_config, load_config
+from agentrl.errors import AgentRLError, ConfigError, DataError
+
+app = typer.Typer(
+    name="agentrl",
+    help="Asynchronous reinforcement learning for tool-using language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+data_app = typer.Typer(help="Prepare and check task files.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+config_app = typer.Typer(help="Look at a run's settings.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+ConfigFile = Annotated[str, typer.Option("--config", "-c", help="YAML file of the run, or the name of a shipped one.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value …", show_default=False)]
+RunPath = Annotated[Path, typer.Argument(help="Run directory, for example runs/quickstart.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+console = Console()
+
+
+def main() -> None:
+    """Entry point: errors of the user's making are one message, ours keep their traceback."""
+    sys.exit(_exit_code(lambda: app(standalone_mode=False)))
+
+
+def _exit_code(command: Callable[[], Any]) -> int:
+    import click
+
+    try:
+        result = command()
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        print("stopped", file=sys.stderr)
+        return 130
+    except (ConfigError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except AgentRLError as error:
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except Exception:  # noqa: BLE001 - the process's edge
+        traceback.print_exc()
+        return 1
+
+
+def _load(file: str, overrides: Sequence[str] | None, section: str | None = None) -> Config:
+    return load_config(file, overrides or (), section=section)
+
+
+def _log_to_stderr(role: str, config: Config) -> None:
+    from agentrl.telemetry.logs import setup_logging
+
+    setup_logging(role, config.log.level)
+
+
+@app.command()
+def quickstart(
+    overrides: Overrides = None,
+    config: ConfigFile = "quickstart",
+) -> None:
+    """Train a small tool-calling model on this machine, in minutes, and show what it learned."""
+    from agentrl.cli.quickstart import run_quickstart
+
+    loaded = _load(config, overrides)
+    run_quickstart(loaded, console=console)
+
+
+@app.command()
+def run(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Supervise sandbox, stream, serve and learn on this machine until the learner is done. Ctrl-C drains."""
+    from agentrl.assembly.run import run as supervise
+    from agentrl.cli.view import RunView
+
+    loaded = _load(config, overrides)
+    _log_to_stderr("run", loaded)
+    with RunView(steps=loaded.learn.steps, console=console, title=loaded.run.name) as view:
+        directory = supervise(loaded, ["-c", config, *(overrides or [])], tick=view.tick)
+    console.print(f"run directory: {directory.root}")
+
+
+@app.command()
+def serve(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Turn tasks into trajectories on the stream, until stopped."""
+    from agentrl.assembly.serve import main as serve_main
+
+    loaded = _load(config, overrides, "serve")
+    _log_to_stderr("serve", loaded)
+    serve_main(loaded)
+
+
+@app.command()
+def learn(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Turn trajectories from the stream into new weights."""
+    from agentrl.assembly.learn import main as learn_main
+
+    loaded = _load(config, overrides, "learn")
+    _log_to_stderr("learn", loaded)
+    learn_main(loaded, ["-c", config, *(overrides or [])])
+
+
+@app.command()
+def sft(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Cold start: supervised steps on conversations, before reinforcement learning."""
+    from agentrl.assembly.sft import run_sft_from_config
+
+    loaded = _load(config, overrides, "sft")
+    _log_to_stderr("sft", loaded)
+    out = run_sft_from_config(loaded)
+    console.print(f"model: {out}")
+
+
+@app.command(name="eval")
+def evaluate(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    model: Annotated[str | None, typer.Option(help="Model directory; default: the run's newest checkpoint, else model.path.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the result under evals/.")] = None,
+) -> None:
+    """Measure a model on held-out tasks: success rate with its 95 % interval."""
+    from agentrl.assembly.evaluate import evaluate_from_config
+
+    loaded = _load(config, overrides, "eval")
+    _log_to_stderr("eval", loaded)
+    path, result = evaluate_from_config(loaded, model=model, name=name)
+    low, high = result["ci95"]
+    console.print(f"success {result['success']:.3f} (95 % {low:.3f} to {high:.3f}, n={result['n']}) -> {path}", highlight=False)
+
+
+@app.command()
+def sandbox(
+    host: Annotated[str, typer.Option(help="Address to bind; other than loopback needs --token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free port.")] = 8080,
+    workers: Annotated[int, typer.Option(help="Warm fork-servers.")] = 1,
+    memory_mb: Annotated[int, typer.Option(help="Memory limit of one run.")] = 512,
+    preload: Annotated[list[str] | None, typer.Option(help="Module imported once, before any run; repeat for more.")] = None,
+    token: Annotated[str | None, typer.Option(envvar="AGENTRL_SANDBOX_TOKEN", help="Bearer token that clients must send.")] = None,
+    allow_unsafe: Annotated[bool, typer.Option(help="Run without isolation where none is available.")] = False,
+    run_dir: Annotated[Path | None, typer.Option(help="Run directory to register in.")] = None,
+) -> None:
+    """Serve code execution over HTTP in SandboxFusion's shape, isolated by default."""
+    from agentrl.assembly.sandbox import serve_sandbox
+
+    serve_sandbox(
+        host, port, workers=workers, memory_mb=memory_mb, preload=preload or [], token=token, allow_unsafe=allow_unsafe, run_dir=run_dir
+    )
+
+
+@app.command()
+def audit(run: RunPath, as_json: AsJson = False) -> None:
+    """Prove from the run directory and the stream that what was trained is what was sampled, once each."""
+    from agentrl.assembly.audit import audit_run
+
+    report = audit_run(run)
+    print(json.dumps(report.to_json(), indent=1) if as_json else report.text())
+    raise typer.Exit(0 if report.clean else 1)
+
+
+@app.command()
+def ledger(run: RunPath, as_json: AsJson = False) -> None:
+    """How every task ended, with sums that close."""
+    from agentrl.assembly.audit import ledger_of
+
+    book = ledger_of(run)
+    print(json.dumps(book.to_json(), indent=1) if as_json else book.text())
+    raise typer.Exit(0 if book.closes else 1)
+
+
+@app.command()
+def doctor(
+    run: Annotated[Path | None, typer.Argument(help="A run to look into; without one, this machine.")] = None,
+    config: Annotated[str | None, typer.Option("--config", "-c", help="Also check this run's settings.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check the machine before a run, or say which stage of a run waits, for what, and what to change."""
+    from agentrl.assembly.doctor import diagnose_machine, diagnose_run
+
+    findings = diagnose_run(run) if run else diagnose_machine(_load(config, ()) if config else None)
+    if as_json:
+        print(json.dumps([f.to_json() for f in findings], indent=1))
+    else:
+        for f in findings:
+            console.print(f.line(), highlight=False)
+    raise typer.Exit(1 if any(f.level == "fail" for f in findings) else 0)
+
+
+@data_app.command("prepare")
+def data_prepare(
+    name: Annotated[str, typer.Argument(help="arithmetic, gsm8k, or module:prepare of your own.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write; default data/<name>.")] = None,
+    source: Annotated[Path | None, typer.Option(help="Folder with the original files; default: the Hugging Face hub.")] = None,
+    sft: Annotated[bool, typer.Option("--sft", help="Also write cold-start conversations.")] = False,
+    limit: Annotated[int | None, typer.Option(help="Rows per split, at most.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of generated tasks.")] = 0,
+) -> None:
+    """Write a task's train and test files in verl's parquet schema."""
+    from agentrl.plugins import load_object
+
+    prepare = load_object(name if ":" in name else f"envs.{name}:prepare")
+    report = prepare(out or Path("data") / name.partition(":")[0], source=source, sft=sft, limit=limit, seed=seed)
+    print(json.dumps(report, indent=1, default=str))
+
+
+@data_app.command("check")
+def data_check(path: Annotated[Path, typer.Argument(help="Task file: parquet or JSONL.")]) -> None:
+    """Check a task file: schema, duplicates, lengths."""
+    from agentrl.data.check import check_rows
+
+    print(json.dumps(check_rows(path), indent=1, default=str))
+
+
+@config_app.command("show")
+def config_show(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Print every setting as the run would see it, defaults included."""
+    print(dump_config(_load(config, overrides)), end="")
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from importlib.metadata import version as version_of
+
+    print(version_of("agentrl"))

@@ -1,0 +1,346 @@
+"""Every setting, with its unit, default and reason. One file drives ``serve``, ``learn``, ``eval`` and ``inspect``.
+
+The text under a field is its help. Impossible combinations are refused here, before anything is started.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class RunConfig(Section):
+    """Where the run lives and what makes it repeatable."""
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run: its folder and its Redis prefix."""
+    dir: str = "runs"
+    """Folder that holds run folders."""
+    seed: int = 0
+    """Seeds task order, routing ties, initial weights and the learner."""
+
+
+class ModelConfig(Section):
+    """The policy."""
+
+    path: str = ""
+    """Hugging Face directory or hub name of the starting weights."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the engines' and the learner's weights."""
+    chat_template: str | None = None
+    """File with a Jinja chat template that replaces the tokenizer's."""
+
+
+class DataConfig(Section):
+    """Tasks: parquet or JSONL rows in verl's schema."""
+
+    train: str = ""
+    """File of training tasks."""
+    val: str = ""
+    """File of held-out tasks, read by ``eval`` only."""
+    sft: str | None = None
+    """JSONL of cold-start conversations, read by ``sft`` only."""
+    shuffle: bool = True
+    """Shuffle each epoch by ``run.seed``."""
+
+
+class RewardConfig(Section):
+    """Scoring by a verl-style function, where no ``env`` is given."""
+
+    fn: str | None = None
+    """``path/to/file.py:compute_score`` or ``package.module:function``."""
+    solution: Literal["assistant", "transcript"] = "assistant"
+    """What ``solution_str`` holds: what the policy wrote (tool output earns nothing), or everything, as verl passes it."""
+
+
+class ServeConfig(Section):
+    """Turns tasks into trajectories."""
+
+    engine: Literal["embedded", "sglang"] = "embedded"
+    """``embedded`` runs everywhere; ``sglang`` uses your SGLang install."""
+    replicas: PositiveInt = 2
+    """Engine processes to start."""
+    urls: list[str] = []
+    """Attach to these running servers instead of starting any."""
+    api_key: str | None = Field(default=None, repr=False)
+    """Bearer key of attached servers (data endpoints)."""
+    admin_key: str | None = Field(default=None, repr=False)
+    """Bearer key of attached servers (control endpoints)."""
+    sglang_command: list[str] = ["python", "-m", "sglang.launch_server"]
+    """How to start SGLang; give the interpreter of the environment that holds it."""
+    sglang_args: list[str] = []
+    """Further flags for SGLang."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where embedded engines run."""
+    engine_requests: PositiveInt = 32
+    """Requests an embedded engine batches at once; more are queued. CPU attention cost grows with its square."""
+    engine_blocks: PositiveInt = 512
+    """KV-cache blocks (of 16 tokens) of an embedded engine."""
+    engine_threads: PositiveInt = 1
+    """OpenMP threads per engine process. Two on shared cores are slower than one."""
+    agent: str = "tool_agent"
+    """Agent loop for rows that name none: ``tool_agent`` or ``single_turn``."""
+    parser: str = "hermes"
+    """Tool-call format of the model."""
+    n: PositiveInt = 8
+    """Rollouts per task: the group size."""
+    turns: PositiveInt = 4
+    """Generations per rollout, at most."""
+    tokens: PositiveInt = 1024
+    """Response tokens per rollout, tool results included, at most."""
+    tokens_per_turn: PositiveInt = 512
+    """Sampled tokens per generation, at most."""
+    tool_tokens: PositiveInt = 256
+    """Tokens of one tool result; longer ones are cut, and say so."""
+    calls_per_turn: PositiveInt = 4
+    """Tool calls executed per turn, at most."""
+    invalid_calls: PositiveInt = 4
+    """Malformed or unknown calls after which a rollout stops with ``tool_limit``."""
+    in_flight: PositiveInt = 256
+    """Rollouts running at once, at most."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """Sampling temperature; the learner divides logits by the same value."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling. Below 1 the recorded logprobs are still those of the full distribution."""
+    top_k: int = -1
+    """Top-k sampling; -1 keeps all."""
+    turn_timeout_s: PositiveFloat = 300.0
+    """Deadline of one generation."""
+    rollout_timeout_s: PositiveFloat = 1200.0
+    """Deadline of one rollout, tools included."""
+    group_timeout_s: PositiveFloat = 3600.0
+    """Deadline of a group: members still running then are recorded as failed."""
+    min_group: PositiveInt = 1
+    """A group with fewer finished rollouts is closed as failed."""
+    attempts: PositiveInt = 2
+    """Tries per rollout when the failure is not the model's."""
+    weight_sync: Literal["in_place", "retract", "abort", "rolling"] = "in_place"
+    """How running generations meet new weights; per-token versions record it in every mode."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ServeConfig":
+        if self.tokens_per_turn > self.tokens:
+            raise ValueError(
+                f"serve.tokens_per_turn={self.tokens_per_turn} exceeds serve.tokens={self.tokens}: one turn would outgrow the "
+                "whole rollout. Lower tokens_per_turn or raise tokens"
+            )
+        if self.turn_timeout_s > self.rollout_timeout_s or self.rollout_timeout_s > self.group_timeout_s:
+            raise ValueError(
+                f"deadlines must nest: turn {self.turn_timeout_s:g} s <= rollout {self.rollout_timeout_s:g} s <= group "
+                f"{self.group_timeout_s:g} s. Raise the outer ones"
+            )
+        if self.min_group > self.n:
+            raise ValueError(f"serve.min_group={self.min_group} exceeds the group size serve.n={self.n}. Lower min_group")
+        return self
+
+
+class QueueConfig(Section):
+    """The durable stream between ``serve`` and ``learn``."""
+
+    url: str = Field(default="embedded", repr=False)
+    """``embedded`` starts a real server inside the run folder; or ``redis://``, ``rediss://``, ``unix://``."""
+    max_items: PositiveInt | None = None
+    """Entries the stream may hold; a full stream stops generation. Default: derived from the batch and the checkpoint interval."""
+    max_bytes: PositiveInt = 1 << 30
+    """Bytes the stream may hold."""
+    ack_at: Literal["checkpoint", "step"] = "checkpoint"
+    """``checkpoint``: exactly once for the weights that survive. ``step``: a crash forgets what was trained since the last one."""
+
+
+class LearnConfig(Section):
+    """Turns trajectories into new weights."""
+
+    steps: PositiveInt = 100
+    """Optimizer steps, which is also the last policy version."""
+    groups: PositiveInt = 32
+    """Groups per step."""
+    ranks: PositiveInt = 1
+    """Learner processes (FSDP2 ranks) on this machine; started with torchrun when above 1."""
+    threads: PositiveInt = 1
+    """OpenMP threads per rank."""
+    max_staleness: NonNegativeInt = 4
+    """Hard bound: learner version minus the oldest sampled token's version, at consumption."""
+    pipeline_depth: NonNegativeInt = 1
+    """Batches generated ahead of the one in training. Staleness sits here; ``max_staleness`` is the bound."""
+    on_stale: Literal["wait", "drop", "downweight"] = "drop"
+    """What happens to a group beyond the bound: train it anyway and count it, drop it, or shrink its advantage."""
+    zero_spread: Literal["keep", "drop", "refill"] = "drop"
+    """Groups whose rewards are all equal: keep them, drop them from the batch, or draw others in their place (DAPO)."""
+    advantage: str = "grpo"
+    """Advantage estimator, see ``agentrl.algorithms.advantages``."""
+    advantage_params: dict[str, Any] = {}
+    """Its parameters."""
+    loss: str = "ppo"
+    """Policy loss, see ``agentrl.algorithms.losses``."""
+    loss_params: dict[str, Any] = {}
+    """Its parameters besides the clip range."""
+    clip: list[float] = [0.2, 0.28]
+    """Lower and upper clip range of the ratio."""
+    loss_agg: Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"] = "token-mean"
+    """How token losses are added up; normalised over the whole step, whatever the micro-batches."""
+    old_logprobs: Literal["rollout", "recompute"] = "rollout"
+    """The ratio's denominator: the sampler's logprobs, or those of the weights before the step (decoupled)."""
+    tis_cap: PositiveFloat | None = None
+    """Cap of the token importance weights when ``old_logprobs=recompute``; none applies no correction."""
+    kl_coef: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the KL loss to the frozen starting policy; 0 loads no reference."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    lr: PositiveFloat = 1e-6
+    """Peak learning rate."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warm-up."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after warm-up."""
+    betas: list[float] = [0.9, 0.95]
+    """Adam's moments."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay."""
+    grad_clip: PositiveFloat = 1.0
+    """Gradient norm bound."""
+    micro_tokens: PositiveInt = 8192
+    """Tokens per forward pass; the only memory knob most runs need."""
+    save_every: PositiveInt = 20
+    """Steps between checkpoints."""
+    keep: Annotated[int, Field(ge=2)] = 2
+    """Checkpoints kept."""
+    resume: str = "auto"
+    """``auto`` continues from the newest checkpoint, ``disable`` starts anew, anything else is a checkpoint's path."""
+    stall_timeout_s: PositiveFloat = 1800.0
+    """Without a complete group for this long, ``learn`` stops and names the stage it waits for."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "LearnConfig":
+        if len(self.clip) != 2 or min(self.clip) < 0:
+            raise ValueError(f"learn.clip={self.clip} must be [low, high], both >= 0")
+        if len(self.betas) != 2:
+            raise ValueError(f"learn.betas={self.betas} must be two numbers")
+        if self.pipeline_depth > self.max_staleness:
+            raise ValueError(
+                f"learn.pipeline_depth={self.pipeline_depth} exceeds learn.max_staleness={self.max_staleness}: work generated that "
+                "far ahead would always be too stale. Lower pipeline_depth or raise max_staleness"
+            )
+        if self.tis_cap is not None and self.old_logprobs != "recompute":
+            raise ValueError("learn.tis_cap needs learn.old_logprobs=recompute: with the sampler's logprobs the ratio itself corrects")
+        return self
+
+
+class SftConfig(Section):
+    """Cold start: supervised steps on assistant tokens before reinforcement learning."""
+
+    steps: PositiveInt = 900
+    """Optimizer steps."""
+    batch: PositiveInt = 16
+    """Conversations per step."""
+    lr: PositiveFloat = 3e-3
+    """Peak learning rate."""
+    betas: list[float] = [0.9, 0.98]
+    """Adam's moments."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Decoupled weight decay."""
+    warmup_steps: NonNegativeInt = 20
+    """Steps of linear warm-up."""
+    decay_fraction: Annotated[float, Field(ge=0, le=1)] = 0.3
+    """Final share of steps over which the rate falls linearly to zero."""
+    grad_clip: PositiveFloat = 1.0
+    """Gradient norm bound."""
+    micro_tokens: PositiveInt = 8192
+    """Tokens per forward pass."""
+    shuffle: bool = False
+    """Shuffle the conversations; off keeps a curriculum's order."""
+    out: str | None = None
+    """Where the model goes; default ``<run>/sft``."""
+
+
+class EvalConfig(Section):
+    """Measures a checkpoint on held-out tasks."""
+
+    n: PositiveInt = 200
+    """Tasks, from the start of ``data.val``."""
+    samples: PositiveInt = 1
+    """Rollouts per task; greedy decoding uses one."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0 is greedy."""
+    every: NonNegativeInt = 0
+    """During ``run``: evaluate each checkpoint whose step is a multiple of this; 0 is never."""
+    in_flight: PositiveInt = 64
+    """Rollouts running at once."""
+
+
+class SandboxConfig(Section):
+    """The code-execution service that ``tools.code_interpreter`` calls."""
+
+    url: str = "auto"
+    """``auto`` starts one beside the run when a tool needs it; or the address of a running service."""
+    workers: PositiveInt = 1
+    """Warm fork-servers."""
+    memory_mb: PositiveInt = 512
+    """Memory limit of one run."""
+    preload: list[str] = []
+    """Modules imported once, before any run, such as ``numpy`` or ``sympy``."""
+
+
+class LogConfig(Section):
+    """What is recorded."""
+
+    trackers: list[Literal["console", "file", "tensorboard", "wandb"]] = ["console", "file"]
+    """Where step metrics go; ``file`` is ``metrics.jsonl`` and is always written."""
+    trajectories: Literal["all", "off"] = "all"
+    """Whether ``trajectories/`` keeps every trajectory with ids, mask, logprobs and versions. ``audit`` needs it."""
+    level: Literal["DEBUG", "INFO", "WARNING"] = "INFO"
+    """Log level of every process."""
+
+
+class Config(Section):
+    """One run."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    env: str | None = None
+    """``envs.gsm8k:Gsm8k``: an Env class; or leave it out and give ``reward.fn``."""
+    env_options: dict[str, Any] = {}
+    """Keyword arguments of the Env class."""
+    tools: str | list[dict[str, Any]] | None = None
+    """A tool YAML, or its ``tools:`` list in place."""
+    reward: RewardConfig = RewardConfig()
+    serve: ServeConfig = ServeConfig()
+    queue: QueueConfig = QueueConfig()
+    learn: LearnConfig = LearnConfig()
+    sft: SftConfig = SftConfig()
+    eval: EvalConfig = EvalConfig()
+    sandbox: SandboxConfig = SandboxConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> "Config":
+        if self.env is not None and self.reward.fn is not None:
+            raise ValueError("give either env or reward.fn, not both: each would decide the reward")
+        if self.queue.max_items is not None and self.queue.ack_at == "checkpoint" and self.queue.max_items < self.needed_items:
+            raise ValueError(
+                f"queue.max_items={self.queue.max_items} is below {self.needed_items}, the entries that stay on the stream between "
+                f"two checkpoints ({self.learn.save_every} + {self.learn.pipeline_depth + 2} batches of {self.learn.groups} groups "
+                f"x ({self.serve.n} + 1)): serve and learn would wait for each other for ever. "
+                "Raise queue.max_items, lower learn.save_every, or set queue.ack_at=step"
+            )
+        return self
+
+    @property
+    def needed_items(self) -> int:
+        """Entries on the stream at once, at most: unacknowledged since the last checkpoint, plus the pipeline."""
+        held_steps = self.learn.save_every if self.queue.ack_at == "checkpoint" else 1
+        return (held_steps + self.learn.pipeline_depth + 2) * self.learn.groups * (self.serve.n + 1)
+
+    @property
+    def max_items(self) -> int:
+        """The stream's bound. Twice what is needed, because dropped groups stay unacknowledged until the next checkpoint too."""
+        return self.queue.max_items or 2 * self.needed_items

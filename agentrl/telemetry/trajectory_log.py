@@ -1,0 +1,129 @@
+"""``trajectories/``: every trajectory as it was sampled, one JSON line each, for people and for ``agentrl audit``.
+
+A line is written before the trajectory goes onto the stream, so whatever was trained is here. After a crash of serve the same
+trajectory may be rolled out again: then two lines share an id, and the audit asks that one of them is what was trained.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from agentrl.errors import DataError
+from agentrl.types import Episode, Segment, Trajectory, Turn
+
+RECORD_SCHEMA = 1
+
+
+class TrajectoryLog:
+    """Appends trajectories to one file of the run."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / "rollouts.jsonl").open("ab", buffering=0)
+
+    def write(self, trajectory: Trajectory, episode: Episode | None) -> None:
+        """One unbuffered write of one line: a killed process leaves whole lines, or one torn last line."""
+        self._file.write(orjson.dumps(to_record(trajectory, episode)) + b"\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def to_record(trajectory: Trajectory, episode: Episode | None) -> dict[str, Any]:
+    """Plain JSON of a trajectory; floats keep their float32 value exactly."""
+    t = trajectory
+    return {
+        "v": RECORD_SCHEMA,
+        "id": t.id,
+        "task_id": t.task_id,
+        "group_id": t.group_id,
+        "ordinal": t.ordinal,
+        "sample_index": t.sample_index,
+        "attempt": t.attempt,
+        "env": t.env,
+        "agent": t.agent,
+        "data_source": t.data_source,
+        "split": t.split,
+        "reward": t.reward,
+        "reward_terms": dict(t.reward_terms),
+        "stop": t.stop,
+        "created": t.created,
+        "finished": t.finished,
+        "segments": [
+            {
+                "ids": s.ids.tolist(),
+                "mask": s.mask.astype(np.int8).tolist(),
+                "logprobs": [float(x) for x in s.logprobs],
+                "versions": s.versions.tolist(),
+                "prompt_length": s.prompt_length,
+            }
+            for s in t.segments
+        ],
+        "turn_rewards": [list(r) for r in t.turn_rewards],
+        "turns": [{name: getattr(turn, name) for name in Turn.__slots__} for turn in t.turns],
+        "prompt": list(episode.task.prompt) if episode else None,
+        "ground_truth": episode.task.ground_truth if episode else None,
+    }
+
+
+def from_record(record: dict[str, Any]) -> Trajectory:
+    """The trajectory that a line describes."""
+    return Trajectory(
+        **{
+            name: record[name]
+            for name in (
+                "id",
+                "task_id",
+                "group_id",
+                "ordinal",
+                "sample_index",
+                "attempt",
+                "env",
+                "agent",
+                "data_source",
+                "split",
+                "reward",
+                "reward_terms",
+                "stop",
+                "created",
+                "finished",
+            )
+        },
+        segments=tuple(
+            Segment(
+                ids=np.asarray(s["ids"], np.int32),
+                mask=np.asarray(s["mask"], np.bool_),
+                logprobs=np.asarray(s["logprobs"], np.float32),
+                versions=np.asarray(s["versions"], np.int32),
+                prompt_length=s["prompt_length"],
+            )
+            for s in record["segments"]
+        ),
+        turn_rewards=tuple((int(a), int(b), float(c)) for a, b, c in record["turn_rewards"]),
+        turns=tuple(Turn(**turn) for turn in record["turns"]),
+    )
+
+
+def read_records(folder: Path) -> Iterator[dict[str, Any]]:
+    """Every line under ``trajectories/``; a torn last line is skipped.
+
+    Raises:
+        DataError: a whole line that is no trajectory, with file and line number.
+    """
+    for path in sorted(folder.glob("*.jsonl")):
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    continue
+                try:
+                    record = orjson.loads(line)
+                except orjson.JSONDecodeError as error:
+                    if line.rfind(b'{"v":') > 0:  # a killed writer's torn line, completed by the next writer's
+                        continue
+                    raise DataError(f"{path}:{number} is not JSON: {error}") from error
+                if not isinstance(record, dict) or record.get("v") != RECORD_SCHEMA:
+                    raise DataError(f"{path}:{number} is no trajectory record of schema {RECORD_SCHEMA}")
+                yield record

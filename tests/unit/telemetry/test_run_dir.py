@@ -1,0 +1,77 @@
+"""The run directory's shared files stay true while processes come and go."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from agentrl.errors import ConfigError
+from agentrl.telemetry.run_dir import RunDir, read_jsonl
+from agentrl.telemetry.statistics import wilson_interval
+from agentrl.telemetry.trackers import FileTracker
+
+
+def test_processes_lists_live_ones_only(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    run.register("serve")
+    run.register("engine-0", pid=child.pid, url="http://127.0.0.1:1")
+    assert {(e["role"], e["pid"]) for e in run.processes()} == {("serve", os.getpid()), ("engine-0", child.pid)}
+    assert run.url_of("engine-0") == "http://127.0.0.1:1"
+    child.communicate(b"\n")
+    assert [e["role"] for e in run.processes()] == ["serve"]
+    run.register("learn")
+    assert {e["role"] for e in json.loads(run.processes_file.read_text())} == {"serve", "learn"}
+    run.deregister("serve")
+    assert [e["role"] for e in run.processes()] == ["learn"]
+
+
+def test_a_reused_pid_is_not_taken_for_the_recorded_process(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.register("serve")
+    entries = json.loads(run.processes_file.read_text())
+    entries[0]["created"] -= 100
+    run.processes_file.write_text(json.dumps(entries))
+    assert run.processes() == []
+
+
+def test_concurrent_registrations_all_survive(tmp_path: Path) -> None:
+    code = "import sys; from agentrl.telemetry.run_dir import RunDir; RunDir(sys.argv[1]).register(sys.argv[2], pid=int(sys.argv[3]))"
+    children = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path), f"engine-{i}", str(os.getpid())]) for i in range(6)
+    ]
+    assert [c.wait(60) for c in children] == [0] * 6
+    assert {e["role"] for e in RunDir(tmp_path).processes()} == {f"engine-{i}" for i in range(6)}
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.resolved\.yaml"):
+        RunDir.open(tmp_path)
+
+
+def test_a_torn_last_line_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"ste')
+    assert [m["step"] for m in read_jsonl(path)] == [1, 2]
+
+
+def test_metrics_of_steps_that_a_resume_undid_are_set_aside(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.metrics.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    tracker = FileTracker(run, resumed_at=1)
+    tracker.record({"step": 2, "reward/mean": 0.5})
+    tracker.close()
+    assert [m["step"] for m in run.read_metrics()] == [1, 2]
+    assert run.read_metrics()[1]["reward/mean"] == 0.5
+    assert [m["step"] for m in read_jsonl(tmp_path / "metrics.abandoned.jsonl")] == [2, 3]
+
+
+def test_wilson_interval_matches_published_values() -> None:
+    low, high = wilson_interval(81, 263)  # Newcombe 1998, table I: 0.2553 to 0.3662
+    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+    low, high = wilson_interval(0, 20)  # same table: 0 to 0.1611
+    assert (round(low, 4), round(high, 4)) == (0.0, 0.1611)
