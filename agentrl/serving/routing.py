@@ -1,0 +1,74 @@
+"""Choose a server for one request. Pure: numbers in, a choice out; randomness comes in as an argument.
+
+The load of a server is the tokens it has in flight per unit of capacity. A request has a *home*, the server that
+holds its prefix in cache (its trajectory's last server, or the one where its group's first member went), and stays
+there unless home is overloaded **compared with the best alternative**: an absolute limit would throw every request
+off its cache as soon as the whole fleet is busy, and a move is never free, since the prefix is computed again.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A server that may take the request."""
+
+    url: str
+    tokens_in_flight: int
+    capacity: float = 1.0
+    """Relative speed; a server with capacity 2 should hold twice the tokens."""
+
+    @property
+    def load(self) -> float:
+        return self.tokens_in_flight / self.capacity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overload:
+    """When a request leaves its home. Both must hold."""
+
+    tokens: int = 8192
+    """Home must be this many tokens (per unit of capacity) above the best alternative, plus the request's own prefix."""
+    ratio: float = 1.5
+    """Home must be above this multiple of the best alternative."""
+
+    def __post_init__(self) -> None:
+        if self.tokens < 0 or self.ratio < 1:
+            raise ValueError(f"overload tokens={self.tokens} must be >= 0 and ratio={self.ratio} >= 1")
+
+
+DEFAULT_OVERLOAD = Overload()
+
+
+def choose_server(
+    candidates: Sequence[Candidate],
+    *,
+    home: str | None = None,
+    prefix_tokens: int = 0,
+    overload: Overload = DEFAULT_OVERLOAD,
+    rng: random.Random,
+) -> str:
+    """The url that takes the request.
+
+    Args:
+        candidates: the servers that may take it, at least one.
+        home: where its prefix is cached; ignored when not among the candidates.
+        prefix_tokens: tokens that another server would have to compute again.
+        overload: when home is too busy.
+        rng: breaks ties between equally loaded servers, so that many clients do not pick the same one.
+    """
+    if not candidates:
+        raise ValueError("no candidate to choose from; wait until a server is routable")
+    best_load = min(candidate.load for candidate in candidates)
+    if home is not None:
+        for candidate in candidates:
+            if candidate.url == home and not _is_overloaded(candidate, best_load, prefix_tokens, overload):
+                return home
+    return rng.choice([candidate.url for candidate in candidates if candidate.load == best_load])
+
+
+def _is_overloaded(home: Candidate, best_load: float, prefix_tokens: int, overload: Overload) -> bool:
+    margin = (overload.tokens + prefix_tokens) / home.capacity
+    return home.load > best_load + margin and home.load > best_load * overload.ratio

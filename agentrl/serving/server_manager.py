@@ -1,0 +1,892 @@
+"""``AsyncLLMServerManager``: the one object rollouts ask for tokens.
+
+It chooses a server per request (``routing``), keeps what a dying server had already sent and continues elsewhere, and
+admits only servers whose last *verified* policy label is the required one.
+
+What it waits for, and who unblocks it: when no server may take a request, the caller is parked (``wait_reason()`` says
+``weights`` or ``server``) until the reconciler verifies a server, the health loop or a breaker's timer readmits one, a
+server is added, or the caller's deadline passes.
+
+Which labels a response may carry (I5). A request legally carries the labels that were verified on its server between
+the request's start and its end, plus the one being installed there at its end: an in-place update moves requests from
+v to v+1 in mid-flight. Any other label (an engine that restarted with its base weights reports ``base`` or
+``default``) ends the generation at the first such token: the tokens from there on are discarded and counted, the
+server is quarantined, and the rest is generated elsewhere. Servers that nobody ever verified are not checked, which
+only happens when no version is required (evaluating a fixed model).
+"""
+
+import asyncio
+import logging
+import random
+from collections import Counter, OrderedDict, deque
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal, TypeAlias
+from uuid import uuid4
+
+import aiohttp
+
+from agentrl.errors import DeadlineExceeded, GenerationError, WeightSyncError
+from agentrl.protocols import Generator
+from agentrl.serving.routing import Candidate, Overload, choose_server
+from agentrl.serving.sglang_client import EngineBusy, EngineRejected, EngineUnavailable, PartialGeneration, SGLangClient
+from agentrl.types import Generation, SamplingParams
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+log = logging.getLogger(__name__)
+
+WaitReason: TypeAlias = Literal["server", "weights"]
+BreakerState: TypeAlias = Literal["closed", "open", "half_open"]
+
+NO_POLICY = "(no policy announced yet)"
+"""A label that no server reports: requiring it parks every request until a policy is announced."""
+
+_LATENCY_WINDOW = 512
+_HOMES_KEPT = 100_000
+_RETRY_BACKOFF_S = 0.05
+_RETRY_BACKOFF_MAX_S = 2.0
+_EXPECTED_NEW_TOKENS = 256.0
+_EXPECTED_NEW_TOKENS_DECAY = 0.02
+_LABELS_KEPT = 64
+_LOOK_AGAIN_S = 1.0
+"""A parked request looks again after this long even when nobody woke it: breakers recover by time alone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerStats:
+    """One server as telemetry and ``doctor`` see it."""
+
+    url: str
+    state: Literal["ready", "updating", "quarantined", "draining", "unhealthy", "stale"]
+    """``stale`` is verified, but at a label other than the required one."""
+    version: str
+    """Last verified label; empty when quarantined or never verified."""
+    capacity: float
+    requests_in_flight: int
+    tokens_in_flight: int
+    cached_token_ratio: float
+    """Prompt tokens served from cache, of all prompt tokens."""
+    p50_ms: float
+    p99_ms: float
+    """Of the last 512 requests, whole request; nan before the first."""
+    breaker: BreakerState
+    requests_served: int
+    tokens_served: int
+    errors: int
+    version_mismatches: int
+    reason: str
+    """Why it is quarantined or unhealthy."""
+
+
+class CircuitBreaker:
+    """Stops sending to a server that keeps failing; lets one request through after a pause to see whether it recovered."""
+
+    def __init__(self, *, failures: int, reset_s: float, max_reset_s: float) -> None:
+        self._limit, self._reset_s, self._max_reset_s = failures, reset_s, max_reset_s
+        self._failures = 0
+        self._pause_s = reset_s
+        self._opened_at: float | None = None
+        self._probing = False
+
+    def state(self, now: float) -> BreakerState:
+        if self._opened_at is None:
+            return "closed"
+        return "half_open" if self._probing or now >= self._opened_at + self._pause_s else "open"
+
+    def allows(self, now: float) -> bool:
+        return self._opened_at is None or (not self._probing and now >= self._opened_at + self._pause_s)
+
+    def retry_in_s(self, now: float) -> float | None:
+        """Seconds until a half-open probe is allowed; None when time alone changes nothing."""
+        if self._opened_at is None or self._probing:
+            return None
+        return max(0.0, self._opened_at + self._pause_s - now)
+
+    def start(self) -> None:
+        """A request goes out."""
+        self._probing = self._opened_at is not None
+
+    def succeeded(self) -> None:
+        self._failures, self._pause_s, self._opened_at, self._probing = 0, self._reset_s, None, False
+
+    def failed(self, now: float) -> None:
+        self._failures += 1
+        if self._probing:
+            self._pause_s = min(self._pause_s * 2, self._max_reset_s)
+            self._opened_at, self._probing = now, False
+        elif self._opened_at is None and self._failures >= self._limit:
+            self._opened_at = now
+
+    def cancelled(self) -> None:
+        """A request ended without saying anything about the server."""
+        self._probing = False
+
+
+@dataclass(slots=True, eq=False)
+class _Visit:
+    """One request on one server."""
+
+    cost: int
+    started: float
+    label_mark: int
+    """Number of labels verified on the server before the current one."""
+    is_probe: bool
+    scope: asyncio.Timeout
+    piece: PartialGeneration = field(default_factory=PartialGeneration)
+    is_evicted: bool = False
+
+    def evict(self, now: float) -> None:
+        if not self.is_evicted and not self.scope.expired():
+            self.is_evicted = True
+            self.scope.reschedule(now)
+
+
+@dataclass(slots=True)
+class _Totals:
+    """Counters that survive a restart of the engine behind a url."""
+
+    requests: int = 0
+    tokens: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    errors: int = 0
+    mismatches: int = 0
+    ms: deque[float] = field(default_factory=lambda: deque[float](maxlen=_LATENCY_WINDOW))
+
+
+def _set_event() -> asyncio.Event:
+    event = asyncio.Event()
+    event.set()
+    return event
+
+
+@dataclass(slots=True, eq=False)
+class _Server:
+    """One incarnation of a server."""
+
+    client: SGLangClient
+    capacity: float
+    breaker: CircuitBreaker
+    totals: _Totals
+    incarnation: int
+    verified: str | None = None
+    installing: str | None = None
+    quarantine_reason: str = ""
+    unhealthy_reason: str = ""
+    is_draining: bool = False
+    is_gone: bool = False
+    failed_probes: int = 0
+    tokens_in_flight: int = 0
+    busy_until: float = 0.0
+    labels: list[str] = field(default_factory=list[str])
+    """Every label verified here, oldest first."""
+    num_labels_dropped: int = 0
+    visits: set[_Visit] = field(default_factory=set[_Visit])
+    idle: asyncio.Event = field(default_factory=_set_event)
+    """Set while no request is here."""
+
+    @property
+    def url(self) -> str:
+        return self.client.url
+
+    def label_mark(self) -> int:
+        return max(0, self.num_labels_dropped + len(self.labels) - 1)
+
+    def legal_labels(self, visit: _Visit) -> set[str]:
+        legal = set(self.labels[max(0, visit.label_mark - self.num_labels_dropped) :])
+        return legal | {self.installing} if self.installing is not None else legal
+
+    def remember(self, label: str) -> None:
+        self.labels.append(label)
+        if len(self.labels) > 2 * _LABELS_KEPT and not self.visits:
+            self.num_labels_dropped += len(self.labels) - _LABELS_KEPT
+            del self.labels[:-_LABELS_KEPT]
+
+
+@dataclass(slots=True)
+class _Call:
+    """One ``generate`` call of a rollout, over all the servers it visits."""
+
+    ids: Sequence[int]
+    sampling: SamplingParams
+    trajectory_id: str
+    group_id: str
+    so_far: PartialGeneration = field(default_factory=PartialGeneration)
+    waits_for: str = "server"
+    failures: int = 0
+    avoid: set[str] = field(default_factory=set[str])
+
+    @property
+    def tokens_left(self) -> int:
+        return self.sampling.max_new_tokens - len(self.so_far)
+
+    @property
+    def context(self) -> list[int]:
+        return [*self.ids, *self.so_far.ids]
+
+    @property
+    def is_complete(self) -> bool:
+        """Nothing is left to sample, although no server said so."""
+        return self.tokens_left <= 0 or self.ends_with_stop
+
+    @property
+    def ends_with_stop(self) -> bool:
+        return bool(self.so_far.ids) and self.so_far.ids[-1] in self.sampling.stop_token_ids
+
+
+class AsyncLLMServerManager(Generator):
+    """Balance generation over servers that come, go, die and change weights.
+
+    Use it as an async context manager, and keep ``run()`` (the health loop) going beside the rollouts. All methods
+    belong to one event loop. Only ``generate``, ``run``, ``wait_drained`` and ``aclose`` wait.
+
+    Args:
+        session: shared HTTP session, whose connector should have ``limit=0``; None opens one that ``aclose`` closes.
+        seed: of the random tie-breaks.
+        max_attempts: failed attempts per ``generate`` before ``GenerationError``; resumed aborts are not failures.
+        breaker_failures: consecutive failures that open a server's circuit breaker.
+        breaker_reset_s: seconds until a half-open probe; doubled after each failed one up to ``breaker_max_reset_s``.
+        max_requests_per_server: requests in flight per unit of capacity; None leaves queueing to the engine.
+        overload: when a request leaves the server that has its prefix.
+        vocab_size: ids outside are refused before they reach a server.
+        probe_every_s: period of the health probes (``/model_info``: instant and live during a pause).
+        probe_timeout_s: limit of one probe.
+        unhealthy_after: consecutive failed probes after which a server takes nothing and its requests move on.
+        stall_timeout_s: longest silence of a stream before the request moves on; None leaves it to the caller's
+            deadline. It must exceed the longest queueing time and weight update.
+        connect_timeout_s: limit for opening a connection.
+        stream_interval: tokens per streamed chunk asked of SGLang; None is the server's own.
+        salt_cache_by_version: give each policy version a prefix-cache namespace of its own (``extra_key``), so that no
+            request reuses keys and values of older weights after an in-place update.
+    """
+
+    def __init__(
+        self,
+        *,
+        session: aiohttp.ClientSession | None = None,
+        seed: int = 0,
+        max_attempts: int = 8,
+        breaker_failures: int = 3,
+        breaker_reset_s: float = 1.0,
+        breaker_max_reset_s: float = 30.0,
+        max_requests_per_server: int | None = None,
+        overload: Overload | None = None,
+        vocab_size: int | None = None,
+        probe_every_s: float = 1.0,
+        probe_timeout_s: float = 5.0,
+        unhealthy_after: int = 3,
+        stall_timeout_s: float | None = None,
+        connect_timeout_s: float = 10.0,
+        stream_interval: int | None = None,
+        salt_cache_by_version: bool = True,
+    ) -> None:
+        self._given_session = session
+        self._session: aiohttp.ClientSession | None = session
+        self._rng = random.Random(seed)
+        self._max_attempts = max_attempts
+        self._breaker_failures = breaker_failures
+        self._breaker_reset_s = breaker_reset_s
+        self._breaker_max_reset_s = breaker_max_reset_s
+        self._max_requests = max_requests_per_server
+        self._overload = overload or Overload()
+        self._vocab_size = vocab_size
+        self._probe_every_s = probe_every_s
+        self._probe_timeout_s = probe_timeout_s
+        self._unhealthy_after = unhealthy_after
+        self._connect_timeout_s = connect_timeout_s
+        self._stall_timeout_s = stall_timeout_s
+        self._stream_interval = stream_interval
+        self._salt_cache = salt_cache_by_version
+        self._servers: dict[str, _Server] = {}
+        self._required: str | None = None
+        self._also: frozenset[str] = frozenset()
+        self._homes: OrderedDict[str, str] = OrderedDict()
+        self._waiters: deque[asyncio.Future[None]] = deque()
+        self._parked: Counter[WaitReason] = Counter()
+        self._expected_new_tokens = _EXPECTED_NEW_TOKENS
+        self._incarnations = 0
+        self._counters: Counter[str] = Counter()
+
+    async def __aenter__(self) -> "AsyncLLMServerManager":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the session if it is ours. Requests in flight break off."""
+        if self._given_session is None and self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    # ---- the fleet
+
+    @property
+    def urls(self) -> list[str]:
+        return list(self._servers)
+
+    @property
+    def required(self) -> str | None:
+        """The label that servers must be verified at; None admits any."""
+        return self._required
+
+    def add_server(
+        self, url: str, *, capacity: float = 1.0, api_key: str | None = None, admin_key: str | None = None
+    ) -> None:
+        """Add a server, or say that the engine behind a known url is a new process: it starts unverified.
+
+        Requests in flight on the previous incarnation continue elsewhere with what they have.
+        """
+        if capacity <= 0:
+            raise ValueError(f"capacity={capacity} of {url} must be positive; it is the server's relative speed")
+        url = url.rstrip("/")
+        previous = self._servers.get(url)
+        client = SGLangClient(
+            url,
+            api_key=api_key,
+            admin_key=admin_key,
+            session=self._open_session(),
+            vocab_size=self._vocab_size,
+            stream_interval=self._stream_interval,
+            connect_timeout_s=self._connect_timeout_s,
+            stall_timeout_s=self._stall_timeout_s,
+        )
+        self._incarnations += 1
+        self._servers[url] = _Server(
+            client=client,
+            capacity=capacity,
+            breaker=self._new_breaker(),
+            totals=previous.totals if previous else _Totals(),
+            incarnation=self._incarnations,
+        )
+        if previous is not None:
+            self._leave(previous)
+        self._wake_all()
+
+    def remove_server(self, url: str) -> None:
+        """Forget a server; its requests continue elsewhere with what they have. Unknown urls are ignored."""
+        server = self._servers.pop(url.rstrip("/"), None)
+        if server is not None:
+            self._leave(server)
+            self._wake_all()
+
+    def drain(self, url: str) -> None:
+        """Send nothing new there; what runs may finish. ``wait_drained`` waits for that."""
+        self._server(url).is_draining = True
+
+    def undrain(self, url: str) -> None:
+        self._server(url).is_draining = False
+        self._wake_all()
+
+    async def wait_drained(self, url: str, *, timeout_s: float) -> bool:
+        """Wait until nothing runs on a draining server; after ``timeout_s`` move the rest elsewhere and return False."""
+        server = self._server(url)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await server.idle.wait()
+        except TimeoutError:
+            self._evict(server)
+            return False
+        return True
+
+    def client(self, url: str) -> SGLangClient:
+        """The client of a server, for control calls."""
+        return self._server(url).client
+
+    def incarnation(self, url: str) -> int:
+        """Grows whenever ``add_server`` names the url again: the same number means the same engine process."""
+        return self._server(url).incarnation
+
+    # ---- policy versions
+
+    def require_version(self, label: str | None, *, also: Collection[str] = ()) -> None:
+        """From now on only servers verified at ``label`` take new requests.
+
+        A server that is *installing* ``label`` counts too while it is verified at the label it had: requests sent there
+        are held by the engine until the update is done. ``also`` admits further labels during a rolling update. None
+        admits every server that is not quarantined.
+        """
+        self._required, self._also = label, frozenset(also)
+        self._wake_all()
+
+    def begin_update(self, url: str, label: str) -> None:
+        """An update to ``label`` begins on this server: responses may carry that label from now on."""
+        self._server(url).installing = label
+
+    def cancel_update(self, url: str) -> None:
+        """The update did not begin after all: the server serves what it served."""
+        self._server(url).installing = None
+
+    def set_verified(self, url: str, label: str) -> None:
+        """The server was asked and reports exactly ``label``: it may take traffic if that is what is required."""
+        server = self._server(url)
+        if server.verified != label or not server.labels:
+            server.remember(label)
+        server.verified, server.installing, server.quarantine_reason = label, None, ""
+        self._wake_all()
+
+    def quarantine(self, url: str, reason: str) -> None:
+        """Keep a server out until ``set_verified``; its requests continue elsewhere with the tokens that are legal."""
+        server = self._server(url)
+        if not server.quarantine_reason:
+            log.warning("server quarantined url=%s verified=%s reason=%s", url, server.verified, reason)
+            self._counters["quarantines"] += 1
+        server.verified, server.installing, server.quarantine_reason = None, None, reason or "unverified"
+        self._evict(server)
+        self._wake_all()
+
+    def verified_label(self, url: str) -> str | None:
+        return self._server(url).verified
+
+    # ---- generation
+
+    async def generate(
+        self,
+        ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        trajectory_id: str,
+        group_id: str,
+        deadline: float,
+    ) -> Generation:
+        """Continue ``ids``; see ``agentrl.protocols.Generator``.
+
+        Cancelling the call closes its connection, at which the engine aborts the request.
+
+        Raises:
+            GenerationError: a server refused the request for good, or ``max_attempts`` attempts failed.
+            DeadlineExceeded: ``deadline`` seconds passed; the message says what was awaited.
+        """
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        call = _Call(ids, sampling, trajectory_id, group_id)
+        scope = asyncio.timeout(deadline)
+        try:
+            async with scope:
+                server, first_cached = await self._complete(call)
+        except TimeoutError as error:
+            if not scope.expired():
+                raise
+            self._counters["deadlines"] += 1
+            raise DeadlineExceeded(f"generation (waiting for {call.waits_for})", deadline) from error
+        new_tokens = len(call.so_far)
+        self._expected_new_tokens += _EXPECTED_NEW_TOKENS_DECAY * (new_tokens - self._expected_new_tokens)
+        finish = call.so_far.finish
+        assert finish is not None
+        return Generation(
+            ids=call.so_far.ids,
+            logprobs=call.so_far.logprobs,
+            versions=call.so_far.versions,
+            finish=finish,
+            server=server,
+            cached_tokens=first_cached,
+            ms=(loop.time() - started) * 1e3,
+        )
+
+    async def _complete(self, call: _Call) -> tuple[str, int]:
+        """Visit servers until the generation is whole. Returns the last url and the first visit's cached tokens."""
+        first_cached: int | None = None
+        while True:
+            server = await self._acquire(call)
+            failure = await self._visit(server, call)
+            if first_cached is None:
+                first_cached = call.so_far.cached_tokens
+            if failure is None and call.so_far.finish != "abort":
+                return server.url, first_cached
+            if call.is_complete:
+                call.so_far.finish = "stop" if call.ends_with_stop else "length"
+                return server.url, first_cached
+            self._counters["continuations" if len(call.so_far) else "retries"] += 1
+            if failure is not None:
+                await self._after_failure(server, call, failure)
+
+    async def _after_failure(self, server: _Server, call: _Call, failure: GenerationError) -> None:
+        call.failures += 1
+        if call.failures >= self._max_attempts:
+            raise GenerationError(
+                f"{call.failures} attempts failed over {len(self._servers)} servers with {len(call.so_far)} of "
+                f"{call.sampling.max_new_tokens} tokens sampled; the last: {failure}"
+            ) from failure
+        call.avoid.add(server.url)
+        if all(candidate.url in call.avoid for candidate in self._routable()):
+            call.avoid.clear()
+            await asyncio.sleep(min(_RETRY_BACKOFF_S * 2**call.failures, _RETRY_BACKOFF_MAX_S))
+
+    async def _visit(self, server: _Server, call: _Call) -> GenerationError | None:
+        """One request on one server; appends what may be kept to ``call.so_far``. Returns what went wrong, if anything."""
+        loop = asyncio.get_running_loop()
+        failure: GenerationError | None = None
+        visit: _Visit | None = None
+        # Only a server that was verified at the start has labels to hold it to.
+        is_checked = server.verified is not None
+        namespace = server.verified if self._salt_cache else None
+        call.waits_for = "server"
+        try:
+            async with self._on(server, call) as visit:
+                await server.client.generate(
+                    call.context,
+                    replace(call.sampling, max_new_tokens=call.tokens_left),
+                    rid=uuid4().hex,
+                    into=visit.piece,
+                    cache_namespace=namespace,
+                )
+        except EngineRejected:
+            server.totals.errors += 1
+            server.breaker.cancelled()
+            raise
+        except EngineBusy as error:
+            failure = error
+            server.busy_until = loop.time() + _RETRY_BACKOFF_S
+            server.breaker.cancelled()
+        except EngineUnavailable as error:
+            failure = error
+            server.totals.errors += 1
+            server.breaker.failed(loop.time())
+            log.debug("generation broke off url=%s error=%s", server.url, error)
+        except TimeoutError as error:
+            if visit is None or not visit.is_evicted:
+                raise
+            # A move is not a failure of this request: its server left the rotation. Still bounded, like every retry.
+            failure = EngineUnavailable(f"{server.url} left the rotation: {server.quarantine_reason or 'removed'}")
+            failure.__cause__ = error
+            server.breaker.cancelled()
+        else:
+            if visit.is_probe:
+                log.info("server recovered url=%s", server.url)
+                self._wake_all()
+            server.breaker.succeeded()
+        assert visit is not None
+        mismatch = self._keep_legal(server, visit, is_checked)
+        self._count(server, visit, loop.time())
+        is_empty_abort = visit.piece.finish == "abort" and not visit.piece.ids and server.installing is None
+        if is_empty_abort and failure is None and mismatch is None:
+            failure = EngineUnavailable(f"{server.url} aborted without a token: {visit.piece.finish_message}")
+        cached = call.so_far.cached_tokens or visit.piece.cached_tokens
+        call.so_far.extend(visit.piece)
+        call.so_far.cached_tokens = cached
+        return mismatch or failure
+
+    def _keep_legal(self, server: _Server, visit: _Visit, is_checked: bool) -> GenerationError | None:
+        """Cut the piece before its first illegal label; quarantine the server if it served unknown weights."""
+        if not is_checked:
+            return None
+        legal = server.legal_labels(visit)
+        piece = visit.piece
+        cut = next((index for index, label in enumerate(piece.labels) if label not in legal), None)
+        if cut is None:
+            return None
+        wrong = piece.labels[cut]
+        self._counters["tokens_discarded"] += len(piece) - cut
+        piece.truncate(cut)
+        piece.finish = None
+        if visit.is_evicted:
+            return None  # an update that failed half-way: already quarantined
+        server.totals.mismatches += 1
+        self._counters["version_mismatches"] += 1
+        message = f"{server.url} reported weights {wrong!r}, legal were {sorted(legal)}: it restarted or was updated by others"
+        if self._servers.get(server.url) is server and not server.quarantine_reason:
+            self.quarantine(server.url, message)
+        return EngineUnavailable(message)
+
+    def _count(self, server: _Server, visit: _Visit, now: float) -> None:
+        totals = server.totals
+        totals.tokens += len(visit.piece)
+        if visit.piece.finish is not None:
+            totals.requests += 1
+            totals.prompt_tokens += visit.piece.prompt_tokens
+            totals.cached_tokens += visit.piece.cached_tokens
+            totals.ms.append((now - visit.started) * 1e3)
+
+    @asynccontextmanager
+    async def _on(self, server: _Server, call: _Call) -> "AsyncIterator[_Visit]":
+        """Account for a request as long as the block runs, and let the manager end it (``_evict``)."""
+        loop = asyncio.get_running_loop()
+        cost = self._cost(call)
+        scope = asyncio.timeout(None)
+        visit = _Visit(
+            cost=cost,
+            started=loop.time(),
+            label_mark=server.label_mark(),
+            is_probe=server.breaker.state(loop.time()) != "closed",
+            scope=scope,
+        )
+        try:
+            async with scope:
+                server.visits.add(visit)
+                server.idle.clear()
+                server.tokens_in_flight += cost
+                server.breaker.start()
+                yield visit
+        except asyncio.CancelledError:
+            if self._made_no_progress(server, visit, loop.time()):
+                server.breaker.failed(loop.time())
+            elif visit.is_probe:
+                server.breaker.cancelled()
+            raise
+        finally:
+            server.visits.discard(visit)
+            server.tokens_in_flight -= cost
+            if not server.visits:
+                server.idle.set()
+            if self._max_requests is not None:
+                self._wake_one()
+
+    def _made_no_progress(self, server: _Server, visit: _Visit, now: float) -> bool:
+        """A request was given up after a good while in which the server delivered no token to anyone."""
+        if server.installing is not None or now - visit.started < self._probe_timeout_s:
+            return False
+        return all(other.piece.last_arrival < visit.started for other in server.visits)
+
+    def _cost(self, call: _Call) -> int:
+        expected = min(call.tokens_left, int(self._expected_new_tokens))
+        return len(call.ids) + len(call.so_far) + max(expected, 1)
+
+    # ---- routing
+
+    async def _acquire(self, call: _Call) -> _Server:
+        """Wait until a server may take the call, choose one and remember it as the trajectory's home."""
+        while True:
+            routable = self._routable()
+            preferred = [server for server in routable if server.url not in call.avoid] or routable
+            if preferred:
+                return self._choose(preferred, call)
+            reason = self._why_none()
+            call.waits_for = reason
+            with self._counted_as_parked(reason):
+                await self._park(limit_s=min(self._next_retry_in_s() or _LOOK_AGAIN_S, _LOOK_AGAIN_S))
+
+    def _choose(self, servers: Sequence[_Server], call: _Call) -> _Server:
+        group_key = f"group:{call.group_id}"
+        home = self._homes.get(call.trajectory_id)
+        prefix_tokens = len(call.ids) + len(call.so_far)
+        url = choose_server(
+            [Candidate(server.url, server.tokens_in_flight, server.capacity) for server in servers],
+            home=home or self._homes.get(group_key),
+            prefix_tokens=prefix_tokens,
+            overload=self._overload,
+            rng=self._rng,
+        )
+        if home is not None and url != home:
+            self._counters["moves"] += 1
+        self._remember_home(call.trajectory_id, url)
+        # The group's home stays where its first member went, unless that server left the rotation.
+        if self._homes.get(group_key) not in {server.url for server in servers}:
+            self._remember_home(group_key, url)
+        return self._servers[url]
+
+    def _remember_home(self, key: str, url: str) -> None:
+        self._homes[key] = url
+        self._homes.move_to_end(key)
+        while len(self._homes) > _HOMES_KEPT:
+            self._homes.popitem(last=False)
+
+    def _routable(self) -> list[_Server]:
+        now = asyncio.get_running_loop().time()
+        return [server for server in self._servers.values() if self._is_routable(server, now)]
+
+    def _is_routable(self, server: _Server, now: float) -> bool:
+        return (
+            not server.is_draining
+            and not server.unhealthy_reason
+            and server.breaker.allows(now)
+            and now >= server.busy_until
+            and (self._max_requests is None or len(server.visits) < self._max_requests * server.capacity)
+            and self._has_version(server)
+        )
+
+    def _has_version(self, server: _Server) -> bool:
+        if server.quarantine_reason:
+            return False
+        if self._required is None:
+            return True
+        if server.verified is None:
+            return False
+        return self._required in (server.verified, server.installing) or server.verified in self._also
+
+    def _why_none(self) -> WaitReason:
+        """Servers that would do but for their weights: ``weights``; otherwise ``server``."""
+        now = asyncio.get_running_loop().time()
+        alive = [server for server in self._servers.values() if server.breaker.allows(now) and not server.unhealthy_reason]
+        if not alive:
+            return "server"
+        return "server" if any(self._has_version(server) for server in alive) else "weights"
+
+    def _next_retry_in_s(self) -> float | None:
+        now = asyncio.get_running_loop().time()
+        waits: list[float] = []
+        for server in self._servers.values():
+            wait = server.breaker.retry_in_s(now)
+            if wait is not None:
+                waits.append(wait)
+            if server.busy_until > now:
+                waits.append(server.busy_until - now)
+        return min(waits, default=None)
+
+    # ---- waking
+
+    async def _park(self, *, limit_s: float) -> None:
+        """Sleep until something changed, at most ``limit_s`` seconds."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+        self._waiters.append(future)
+        timer = loop.call_later(max(limit_s, 0.001), _resolve, future)
+        try:
+            await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled():
+                self._wake_one()  # the wake-up was meant for someone who still wants it
+            raise
+        finally:
+            timer.cancel()
+            if future in self._waiters:
+                self._waiters.remove(future)
+
+    def _wake_one(self) -> None:
+        while self._waiters:
+            future = self._waiters.popleft()
+            if not future.done():
+                future.set_result(None)
+                return
+
+    def _wake_all(self) -> None:
+        waiters, self._waiters = self._waiters, deque()
+        for future in waiters:
+            _resolve(future)
+
+    @contextmanager
+    def _counted_as_parked(self, reason: WaitReason) -> Iterator[None]:
+        self._parked[reason] += 1
+        try:
+            yield
+        finally:
+            self._parked[reason] -= 1
+
+    def _evict(self, server: _Server) -> None:
+        now = asyncio.get_running_loop().time()
+        for visit in list(server.visits):
+            visit.evict(now)
+
+    def _leave(self, server: _Server) -> None:
+        server.is_gone = True
+        self._evict(server)
+
+    # ---- health
+
+    async def run(self) -> None:
+        """Probe every server until cancelled: mark the unreachable, readmit the recovered, notice changed labels."""
+        while True:
+            async with asyncio.TaskGroup() as group:
+                for server in list(self._servers.values()):
+                    group.create_task(self._probe(server))
+            await asyncio.sleep(self._probe_every_s)
+
+    async def _probe(self, server: _Server) -> None:
+        mark, verified = server.label_mark(), server.verified
+        try:
+            info = await server.client.model_info(timeout_s=self._probe_timeout_s)
+        except WeightSyncError as error:
+            server.failed_probes += 1
+            if server.failed_probes >= self._unhealthy_after and not server.unhealthy_reason and not server.is_gone:
+                server.unhealthy_reason = str(error)
+                log.warning("server unhealthy url=%s probes=%d error=%s", server.url, server.failed_probes, error)
+                self._counters["unhealthy"] += 1
+                self._evict(server)
+            return
+        server.failed_probes = 0
+        if server.unhealthy_reason:
+            log.info("server answers again url=%s", server.url)
+            server.unhealthy_reason = ""
+            self._wake_all()
+        is_settled = server.installing is None and mark == server.label_mark() and verified == server.verified
+        if is_settled and verified is not None and info.label != verified and not server.is_gone:
+            server.totals.mismatches += 1
+            self._counters["version_mismatches"] += 1
+            self.quarantine(server.url, f"reports {info.label!r} but was verified at {verified!r}: it restarted")
+
+    # ---- what others see
+
+    def stats(self) -> list[ServerStats]:
+        """One entry per server, in the order they were added."""
+        return [self._stats_of(server) for server in self._servers.values()]
+
+    def counters(self) -> dict[str, int]:
+        """Totals since the start: ``retries`` (from scratch), ``continuations`` (with tokens kept), ``moves`` (off a
+        cache), ``deadlines``, ``quarantines``, ``version_mismatches``, ``tokens_discarded``, ``unhealthy``."""
+        names = "retries continuations moves deadlines quarantines version_mismatches tokens_discarded unhealthy"
+        return {name: self._counters[name] for name in names.split()}
+
+    def wait_reason(self) -> WaitReason | None:
+        """What rollouts wait for here: parked ones first, then requests in flight; None when nobody waits."""
+        for reason in ("weights", "server"):
+            if self._parked[reason]:
+                return reason
+        busy = [server for server in self._servers.values() if server.visits]
+        if not busy:
+            return None
+        return "weights" if all(server.installing is not None for server in busy) else "server"
+
+    def num_parked(self) -> int:
+        """Requests that no server may take at the moment."""
+        return sum(self._parked.values())
+
+    def _stats_of(self, server: _Server) -> ServerStats:
+        totals = server.totals
+        ms = sorted(totals.ms)
+        return ServerStats(
+            url=server.url,
+            state=self._state_of(server),
+            version=server.verified or "",
+            capacity=server.capacity,
+            requests_in_flight=len(server.visits),
+            tokens_in_flight=server.tokens_in_flight,
+            cached_token_ratio=totals.cached_tokens / totals.prompt_tokens if totals.prompt_tokens else 0.0,
+            p50_ms=_percentile(ms, 0.50),
+            p99_ms=_percentile(ms, 0.99),
+            breaker=server.breaker.state(asyncio.get_running_loop().time()),
+            requests_served=totals.requests,
+            tokens_served=totals.tokens,
+            errors=totals.errors,
+            version_mismatches=totals.mismatches,
+            reason=server.quarantine_reason or server.unhealthy_reason,
+        )
+
+    def _state_of(self, server: _Server) -> Literal["ready", "updating", "quarantined", "draining", "unhealthy", "stale"]:
+        if server.unhealthy_reason:
+            return "unhealthy"
+        if server.installing is not None:
+            return "updating"
+        if server.quarantine_reason or (self._required is not None and server.verified is None):
+            return "quarantined"
+        if server.is_draining:
+            return "draining"
+        return "ready" if self._has_version(server) else "stale"
+
+    # ---- small things
+
+    def _server(self, url: str) -> _Server:
+        server = self._servers.get(url.rstrip("/"))
+        if server is None:
+            raise KeyError(f"{url} is not among the {len(self._servers)} servers {self.urls}; add_server it first")
+        return server
+
+    def _open_session(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+        return self._session
+
+    def _new_breaker(self) -> CircuitBreaker:
+        return CircuitBreaker(
+            failures=self._breaker_failures, reset_s=self._breaker_reset_s, max_reset_s=self._breaker_max_reset_s
+        )
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _percentile(ordered: Sequence[float], q: float) -> float:
+    return ordered[min(len(ordered) - 1, int(q * len(ordered)))] if ordered else float("nan")

@@ -1,0 +1,455 @@
+"""One server, spoken to in SGLang's native HTTP API: token ids in; token ids, logprobs and policy labels out.
+
+Owns the wire format and the classification of what goes wrong. It decides nothing: which server, whether to retry and
+how long to wait belong to ``server_manager`` and ``weight_reconciler``. Every call ends when its caller's deadline
+says so; ``generate`` has none of its own, control calls take ``timeout_s``.
+
+How precise the labels are. The finished chunk carries ``weight_versions`` spans, which are exact for the embedded
+engine. SGLang with the overlap scheduler reports a span one token early after an in-place update (the first token of
+the new span was sampled by the old weights); ``describe`` detects that scheduler and spans are shifted by one, unless
+the request was retracted (then they are exact). When a stream breaks before its finished chunk, a token has the label
+of the chunk it arrived in: at a version boundary up to one chunk of tokens may be labelled one version too new.
+"""
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import aiohttp
+import orjson
+
+from agentrl.errors import GenerationError, WeightSyncError
+from agentrl.types import FinishReason, SamplingParams, version_of_label
+
+PauseMode: TypeAlias = Literal["in_place", "retract", "abort"]
+
+_REFUSED_FOR_GOOD = frozenset({400, 413, 422})
+_BUSY = frozenset({429, 503})
+_ERROR_TEXT_LIMIT = 400
+
+
+class EngineRejected(GenerationError):
+    """The request itself is wrong (HTTP 400, 413, 422 or an id outside the vocabulary): no server would take it."""
+
+
+class EngineBusy(GenerationError):
+    """The server has no room now (HTTP 429 or 503): another one may."""
+
+
+class EngineUnavailable(GenerationError):
+    """The server died, answered 5xx, refused our key, or broke the protocol: go elsewhere."""
+
+
+@dataclass(slots=True)
+class PartialGeneration:
+    """What arrived so far of one request; it survives the exception that ended the stream."""
+
+    ids: list[int] = field(default_factory=list[int])
+    logprobs: list[float] = field(default_factory=list[float])
+    labels: list[str] = field(default_factory=list[str])
+    """Per token, the server's ``weight_version``."""
+    finish: FinishReason | None = None
+    """None until the server said that it finished."""
+    finish_message: str = ""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    last_arrival: float = -math.inf
+    """Event-loop time of the newest token."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def versions(self) -> list[int]:
+        """Per token, the policy version; -1 where the label is not one of ours."""
+        known = {label: version_of_label(label) for label in set(self.labels)}
+        return [known[label] for label in self.labels]
+
+    def truncate(self, length: int) -> None:
+        """Forget the tokens from ``length`` on."""
+        del self.ids[length:], self.logprobs[length:], self.labels[length:]
+
+    def extend(self, other: "PartialGeneration") -> None:
+        """Append another request's tokens; the last piece decides how the whole finished."""
+        self.ids += other.ids
+        self.logprobs += other.logprobs
+        self.labels += other.labels
+        self.finish, self.finish_message = other.finish, other.finish_message
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """What ``/model_info`` says of a server."""
+
+    model_path: str
+    label: str
+    """``weight_version`` as the server reports it now."""
+    digest: str | None
+    """``sha256:<hex>`` of the loaded weight files, where the server reports one."""
+    is_embedded: bool
+    """It reports a digest of its weight files, which only our embedded engine does."""
+    vocab_size: int | None
+
+
+class SGLangClient:
+    """Calls to one server over a shared session.
+
+    Args:
+        url: ``http://host:port``, without a path.
+        api_key: for ``/generate`` and other data endpoints.
+        admin_key: for control endpoints; SGLang takes only this one there when it has one. Defaults to ``api_key``.
+        session: owned by the caller.
+        vocab_size: ids outside ``[0, vocab_size)`` are refused here, since SGLang would crash on them. Unknown sizes
+            are filled in by ``describe`` where the server tells.
+        stream_interval: tokens per streamed chunk to ask for; None leaves it to the server. A crash loses at most
+            one chunk.
+        connect_timeout_s: limit for opening a connection.
+        stall_timeout_s: longest silence within a generation; None leaves it to the caller.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str | None = None,
+        admin_key: str | None = None,
+        session: aiohttp.ClientSession,
+        vocab_size: int | None = None,
+        stream_interval: int | None = None,
+        connect_timeout_s: float = 10.0,
+        stall_timeout_s: float | None = None,
+    ) -> None:
+        self.url = url.rstrip("/")
+        self.vocab_size = vocab_size
+        self.span_shift = 0
+        self.is_embedded = False
+        self._session = session
+        self._stream_interval = stream_interval
+        self._generate_timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s, sock_read=stall_timeout_s)
+        self._control_timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s)
+        self._headers = {"Content-Type": "application/json"} | _bearer(api_key)
+        self._admin_headers = {"Content-Type": "application/json"} | _bearer(admin_key or api_key)
+
+    # ---- the hot path
+
+    async def generate(
+        self,
+        ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        rid: str,
+        into: PartialGeneration | None = None,
+        cache_namespace: str | None = None,
+    ) -> PartialGeneration:
+        """Stream one generation; cancelling it closes the connection, at which the server aborts the request.
+
+        Args:
+            ids: the whole context.
+            sampling: how to sample; top-p and top-k are sent only where they restrict anything.
+            rid: request id, of fixed length: SGLang aborts by prefix.
+            into: receives tokens as they arrive, so that they outlive an exception.
+            cache_namespace: requests of different namespaces share no prefix cache.
+
+        Raises:
+            EngineRejected: no server would take this request.
+            EngineBusy: this server has no room.
+            EngineUnavailable: this server failed; ``into`` holds what arrived.
+        """
+        partial = PartialGeneration() if into is None else into
+        self._check_ids(ids)
+        body = orjson.dumps(self._generate_body(ids, sampling, rid, cache_namespace), option=orjson.OPT_SERIALIZE_NUMPY)
+        try:
+            async with self._session.post(
+                f"{self.url}/generate", data=body, headers=self._headers, timeout=self._generate_timeout
+            ) as response:
+                if response.status != 200:
+                    raise _refusal(self.url, response.status, await response.text())
+                if response.content_type == "application/json":
+                    self._take(orjson.loads(await response.read()), partial)
+                else:
+                    async for payload in _events(response):
+                        self._take(orjson.loads(payload), partial)
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise EngineUnavailable(
+                f"{self.url} broke off after {len(partial)} tokens of request {rid}: {error!r}. Look at that engine's log."
+            ) from error
+        except (orjson.JSONDecodeError, KeyError, TypeError, IndexError) as error:
+            raise EngineUnavailable(
+                f"{self.url} sent a chunk that is not SGLang's ({error!r}) after {len(partial)} tokens of request {rid}. "
+                "Check that the url is an SGLang or embedded engine."
+            ) from error
+        if partial.finish is None:
+            raise EngineUnavailable(
+                f"{self.url} ended the stream of request {rid} after {len(partial)} tokens without a finish reason."
+            )
+        return partial
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        if len(ids) == 0:
+            raise EngineRejected("an empty prompt was about to be sent. Every generation needs at least one token.")
+        if self.vocab_size is not None:
+            low, high = min(ids), max(ids)
+            if low < 0 or high >= self.vocab_size:
+                raise EngineRejected(
+                    f"token ids {low}..{high} do not fit a vocabulary of {self.vocab_size}: an unchecked id kills SGLang. "
+                    "The tokenizer and the served model differ."
+                )
+
+    def _generate_body(
+        self, ids: Sequence[int], sampling: SamplingParams, rid: str, cache_namespace: str | None
+    ) -> dict[str, Any]:
+        params: dict[str, Any] = {
+            "max_new_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "skip_special_tokens": False,
+        }
+        if sampling.top_p < 1.0:
+            params["top_p"] = sampling.top_p
+        if sampling.top_k > 0:
+            params["top_k"] = sampling.top_k
+        if sampling.stop_token_ids:
+            params["stop_token_ids"] = list(sampling.stop_token_ids)
+        if self._stream_interval is not None:
+            params["stream_interval"] = self._stream_interval
+        body: dict[str, Any] = {
+            "rid": rid,
+            "input_ids": ids if isinstance(ids, list) else list(ids),
+            "sampling_params": params,
+            "stream": True,
+            "return_logprob": True,
+            "logprob_start_len": -1,
+        }
+        if cache_namespace is not None:
+            body["extra_key"] = cache_namespace
+        return body
+
+    def _take(self, chunk: Mapping[str, Any], partial: PartialGeneration) -> None:
+        """Add one chunk, cumulative or incremental, to what arrived."""
+        if "error" in chunk:
+            raise _stream_error(self.url, chunk["error"])
+        meta = chunk["meta_info"]
+        ids: list[int] = chunk.get("output_ids") or []
+        entries: list[Any] = meta.get("output_token_logprobs") or []
+        have = len(partial)
+        fresh = _fresh_count(ids, meta, partial.ids)
+        if fresh > 0:
+            new_ids, new_entries = ids[-fresh:], entries[-fresh:]
+            if len(new_ids) != fresh or [entry[1] for entry in new_entries] != new_ids:
+                raise EngineUnavailable(
+                    f"{self.url} sent {len(new_ids)} ids and {len(new_entries)} logprobs for {fresh} new tokens, or they name "
+                    "other tokens; they must pair up. Start the engine without flags that drop logprobs."
+                )
+            logprobs = [float(entry[0]) for entry in new_entries]
+            if not all(map(math.isfinite, logprobs)):
+                raise EngineUnavailable(
+                    f"{self.url} sent a logprob that is not finite among tokens {have}..{have + fresh}: its weights are likely "
+                    "broken. Check the last published checkpoint for nan."
+                )
+            partial.ids += new_ids
+            partial.logprobs += logprobs
+            partial.labels += [str(meta.get("weight_version", ""))] * fresh
+            partial.last_arrival = asyncio.get_running_loop().time()
+        partial.prompt_tokens = meta.get("prompt_tokens") or partial.prompt_tokens
+        partial.cached_tokens = meta.get("cached_tokens") or partial.cached_tokens
+        finish = meta.get("finish_reason")
+        if finish is not None:
+            self._finish(finish, meta, partial)
+
+    def _finish(self, finish: Mapping[str, Any], meta: Mapping[str, Any], partial: PartialGeneration) -> None:
+        kind = finish["type"]
+        message = str(finish.get("message") or "")
+        status = finish.get("status_code")
+        if kind == "abort" and status:
+            raise _refusal(self.url, int(status), message)
+        if kind not in ("stop", "length", "abort"):
+            raise EngineUnavailable(f"{self.url} finished with the unknown reason {kind!r}; it speaks another protocol.")
+        shift = 0 if meta.get("num_retractions") else self.span_shift
+        _relabel(partial.labels, meta.get("weight_versions") or (), shift)
+        partial.finish, partial.finish_message = kind, message
+
+    # ---- control calls
+
+    async def describe(self, *, timeout_s: float) -> ModelInfo:
+        """Read ``/model_info`` and learn what kind of server this is (vocabulary, embedded or not, overlap scheduler)."""
+        info = await self.model_info(timeout_s=timeout_s)
+        self.is_embedded = info.is_embedded
+        self.vocab_size = self.vocab_size or info.vocab_size
+        if not info.is_embedded:
+            status, text = await self._call("GET", "/server_info", timeout_s=timeout_s)
+            settings: dict[str, Any] = _json_object(self.url, text) if status == 200 else {}
+            self.span_shift = 1 if settings.get("disable_overlap_schedule") is False else 0
+        return info
+
+    async def model_info(self, *, timeout_s: float) -> ModelInfo:
+        """What the server serves now. Live also while it is paused."""
+        info = await self._control("GET", "/model_info", timeout_s=timeout_s)
+        vocab_size = info.get("vocab_size")
+        digest = info.get("weights_digest")
+        return ModelInfo(
+            model_path=str(info.get("model_path", "")),
+            label=str(info.get("weight_version", "")),
+            digest=str(digest) if digest else None,
+            is_embedded="weights_digest" in info,
+            vocab_size=int(vocab_size) if vocab_size else None,
+        )
+
+    async def pause(self, mode: PauseMode, *, timeout_s: float) -> None:
+        """Stop sampling. ``abort`` ends what runs with its partial output; the other modes hold it."""
+        await self._control("POST", "/pause_generation", {"mode": mode}, timeout_s=timeout_s)
+
+    async def continue_generation(self, *, timeout_s: float) -> None:
+        """Sample again; harmless on a server that is not paused."""
+        await self._control("POST", "/continue_generation", {}, timeout_s=timeout_s)
+
+    async def update_weights_from_disk(
+        self, path: str, *, label: str, flush_cache: bool, expected_digest: str | None = None, timeout_s: float
+    ) -> None:
+        """Load the Hugging Face directory ``path`` and report ``label`` from then on.
+
+        Args:
+            path: as the server sees it; complete before the call, since SGLang dies on a checkpoint that does not fit.
+            label: the new ``weight_version``.
+            flush_cache: drop the prefix cache; must be False while requests are held in place.
+            expected_digest: sent only to embedded engines, which refuse files that differ.
+            timeout_s: limit of the call.
+
+        Raises:
+            WeightSyncError: the server refused or could not be reached.
+        """
+        body: dict[str, Any] = {"model_path": path, "weight_version": label, "flush_cache": flush_cache}
+        if expected_digest is not None and self.is_embedded:
+            body["expected_digest"] = expected_digest
+        answer = await self._control("POST", "/update_weights_from_disk", body, timeout_s=timeout_s)
+        if not answer.get("success", False):
+            raise WeightSyncError(f"{self.url} did not load {path}: {answer.get('message')}")
+
+    async def is_ready(self, *, timeout_s: float) -> bool:
+        """``/ready``: up and not paused. False when it cannot be reached."""
+        return await self._probe("/ready", timeout_s)
+
+    async def is_healthy(self, *, timeout_s: float) -> bool:
+        """``/health``: samples one token for real. Never during a pause: it hangs and marks the server unhealthy."""
+        return await self._probe("/health", timeout_s)
+
+    async def loads(self, *, timeout_s: float) -> dict[str, Any]:
+        """``/v1/loads``: running and waiting requests, used tokens; a cheap snapshot."""
+        return await self._control("GET", "/v1/loads", timeout_s=timeout_s)
+
+    async def abort(self, rid: str, *, timeout_s: float) -> None:
+        """Abort one live request. Lost when a pause holds the request: close its connection instead."""
+        await self._control("POST", "/abort_request", {"rid": rid}, timeout_s=timeout_s)
+
+    async def flush_cache(self, *, timeout_s: float) -> None:
+        """Drop the prefix cache; refused while requests run."""
+        await self._control("POST", "/flush_cache", {}, timeout_s=timeout_s)
+
+    async def weights_checksum(self, *, timeout_s: float) -> str | None:
+        """The engine's own checksum of its loaded tensors, comparable between servers of one kind; None if it has none."""
+        answer = await self._control("POST", "/weights_checker", {"action": "checksum"}, timeout_s=timeout_s)
+        checksum = answer.get("per_engine_checksum")
+        return None if checksum is None else str(checksum)
+
+    async def _control(
+        self, method: Literal["GET", "POST"], path: str, body: Mapping[str, Any] | None = None, *, timeout_s: float
+    ) -> dict[str, Any]:
+        status, text = await self._call(method, path, body, timeout_s=timeout_s)
+        if status != 200:
+            raise WeightSyncError(f"{self.url}{path} answered {status}: {text[:_ERROR_TEXT_LIMIT]}")
+        return _json_object(self.url, text) if text.strip().startswith("{") else {}
+
+    async def _probe(self, path: str, timeout_s: float) -> bool:
+        try:
+            status, _ = await self._call("GET", path, timeout_s=timeout_s)
+        except WeightSyncError:
+            return False
+        return status == 200
+
+    async def _call(
+        self, method: Literal["GET", "POST"], path: str, body: Mapping[str, Any] | None = None, *, timeout_s: float
+    ) -> tuple[int, str]:
+        data = None if body is None else orjson.dumps(body)
+        # Generation requests authenticate with the data key; /model_info, /server_info and /v1/loads do too.
+        headers = self._headers if method == "GET" else self._admin_headers
+        scope = asyncio.timeout(timeout_s)
+        try:
+            async with (
+                scope,
+                self._session.request(
+                    method, f"{self.url}{path}", data=data, headers=headers, timeout=self._control_timeout
+                ) as response,
+            ):
+                return response.status, await response.text()
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            what = f"no answer within {timeout_s:g} s" if scope.expired() else repr(error)
+            raise WeightSyncError(f"{self.url}{path} failed: {what}. Look at that engine's log.") from error
+
+
+def expand_spans(spans: Sequence[Mapping[str, Any]], num_tokens: int, *, shift: int) -> list[str | None]:
+    """Per-token labels of ``weight_versions`` spans (``end`` exclusive), boundaries moved ``shift`` tokens later.
+
+    None where no span covers the token.
+    """
+    labels: list[str | None] = [None] * num_tokens
+    for index, span in enumerate(sorted(spans, key=lambda span: int(span["start"]))):
+        start = int(span["start"]) + (shift if index else 0)
+        for token in range(start, min(int(span["end"]) + shift, num_tokens)):
+            labels[token] = str(span["version"])
+    return labels
+
+
+def _relabel(labels: list[str], spans: Sequence[Mapping[str, Any]], shift: int) -> None:
+    for token, label in enumerate(expand_spans(spans, len(labels), shift=shift)):
+        if label is not None:
+            labels[token] = label
+
+
+def _fresh_count(ids: list[int], meta: Mapping[str, Any], known: list[int]) -> int:
+    """How many of the chunk's last ids are new. Both kinds of stream report totals, so the difference decides."""
+    total = meta.get("completion_tokens")
+    if total is None:
+        is_cumulative = len(ids) > len(known) and ids[: len(known)] == known
+        return len(ids) - len(known) if is_cumulative or not known else len(ids)
+    return int(total) - len(known)
+
+
+async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    """The payloads of a server-sent event stream, read to its end so that the connection can be reused."""
+    rest = b""
+    async for block in response.content.iter_any():
+        *lines, rest = (rest + block).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                payload = line[5:].strip()
+                if payload != b"[DONE]":
+                    yield payload
+
+
+def _bearer(key: str | None) -> dict[str, str]:
+    return {} if key is None else {"Authorization": f"Bearer {key}"}
+
+
+def _json_object(url: str, text: str) -> dict[str, Any]:
+    try:
+        value: object = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise WeightSyncError(f"{url} answered text that is not JSON: {text[:_ERROR_TEXT_LIMIT]!r}") from error
+    if not isinstance(value, dict):
+        raise WeightSyncError(f"{url} answered JSON that is not an object: {text[:_ERROR_TEXT_LIMIT]!r}")
+    return value  # pyright: ignore[reportUnknownVariableType]  # JSON objects have str keys
+
+
+def _refusal(url: str, status: int, text: str) -> GenerationError:
+    message = f"{url} answered {status}: {text[:_ERROR_TEXT_LIMIT]}"
+    if status in _REFUSED_FOR_GOOD:
+        return EngineRejected(f"{message}. The request itself is wrong; compare the run's limits with the engine's.")
+    return EngineBusy(message) if status in _BUSY else EngineUnavailable(message)
+
+
+def _stream_error(url: str, error: object) -> GenerationError:
+    if not isinstance(error, dict):
+        return EngineUnavailable(f"{url} reported in its stream: {error}")
+    status: Any = error.get("code")  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]  # free JSON
+    message: Any = error.get("message")  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]  # free JSON
+    return _refusal(url, status if isinstance(status, int) else 500, str(message))

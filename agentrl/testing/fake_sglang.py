@@ -1,0 +1,444 @@
+"""A real HTTP server that speaks the part of SGLang's API that agentrl uses, with scripted misfortunes.
+
+The sampled tokens are a pure function of the whole context (``next_token``), so a generation that is broken off and
+continued on another server must come out equal to ``pseudo_tokens``. Logprobs are a function of the token.
+Without ``token_latency_s`` a generation is one chunk and no sleep: that is the mode for benches.
+
+    async with FakeSGLang(token_latency_s=0.001) as server:
+        manager.add_server(server.url)
+        server.crash_after(tokens=5)
+"""
+
+import asyncio
+import hashlib
+import os
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+from aiohttp import web
+
+VOCAB_SIZE = 1000
+BASE_LABEL = "default"
+"""What SGLang reports when nobody named its weights."""
+
+
+def next_token(context: Sequence[int], vocab_size: int = VOCAB_SIZE) -> int:
+    """The token that every fake server samples after ``context``."""
+    tail = context[-3:]
+    return (7 * len(context) + sum((index + 3) * token for index, token in enumerate(tail)) + 11) % vocab_size
+
+
+def pseudo_tokens(context: Sequence[int], num_tokens: int, vocab_size: int = VOCAB_SIZE) -> list[int]:
+    """What an undisturbed generation of ``num_tokens`` after ``context`` gives."""
+    ids = list(context)
+    for _ in range(num_tokens):
+        ids.append(next_token(ids, vocab_size))
+    return ids[len(context) :]
+
+
+def pseudo_logprob(token: int) -> float:
+    """The logprob that goes with a sampled token."""
+    return -0.01 - (token % 97) / 50
+
+
+@dataclass(slots=True, eq=False)
+class _Live:
+    """One request in the engine."""
+
+    rid: str
+    context: list[int]
+    prompt_tokens: int
+    max_new_tokens: int
+    stop_token_ids: frozenset[int]
+    incremental: bool
+    cached_tokens: int
+    labels: list[str] = field(default_factory=list[str])
+    ids: list[int] = field(default_factory=list[int])
+    num_sent: int = 0
+    num_retractions: int = 0
+    is_aborted: bool = False
+
+    @property
+    def finish(self) -> dict[str, Any] | None:
+        if self.ids and self.ids[-1] in self.stop_token_ids:
+            return {"type": "stop", "matched": self.ids[-1]}
+        if len(self.ids) >= self.max_new_tokens:
+            return {"type": "length", "length": len(self.ids)}
+        return {"type": "abort", "message": "Aborted", "status_code": None} if self.is_aborted else None
+
+
+@dataclass(slots=True)
+class _Failure:
+    status: int
+    body: str
+
+
+class FakeSGLang:
+    """One fake server on a free port of 127.0.0.1, kept over ``kill`` and ``start``.
+
+    Args:
+        label: ``weight_version`` at every start.
+        token_latency_s: seconds per sampled token; 0 answers in one chunk.
+        incremental: stream deltas (``--incremental-streaming-output``) rather than cumulative chunks.
+        api_key, admin_key: as SGLang's; the admin key is then the only one for control calls.
+        update_s: seconds that a weight update takes.
+        reports_spans: whether the finished chunk has ``weight_versions``.
+        check_path: refuse updates from a directory that does not exist, as SGLang does.
+    """
+
+    def __init__(
+        self,
+        *,
+        label: str = BASE_LABEL,
+        token_latency_s: float = 0.0,
+        incremental: bool = True,
+        api_key: str | None = None,
+        admin_key: str | None = None,
+        update_s: float = 0.0,
+        reports_spans: bool = True,
+        check_path: bool = True,
+    ) -> None:
+        self.base_label = label
+        self.label = label
+        self.token_latency_s = token_latency_s
+        self.incremental = incremental
+        self.update_s = update_s
+        self.reports_spans = reports_spans
+        self.check_path = check_path
+        self.lying_label: str | None = None
+        """Reported by ``/model_info`` instead of the truth."""
+        self.requests: list[dict[str, Any]] = []
+        """Bodies of all ``/generate`` calls, in order."""
+        self.calls: Counter[str] = Counter()
+        """Control calls by path."""
+        self.updates: list[dict[str, Any]] = []
+        self.num_disconnects = 0
+        """Requests whose client went away."""
+        self.num_tokens = 0
+        self.max_live = 0
+        self._api_key, self._admin_key = api_key, admin_key
+        self._pause_mode: str | None = None
+        self._resumed = asyncio.Event()
+        self._departed = asyncio.Event()
+        self._live: dict[str, _Live] = {}
+        self._stalled = False
+        self._crashes: deque[int] = deque()
+        self._failures: deque[_Failure] = deque()
+        self._failed_updates: deque[_Failure] = deque()
+        self._prefixes: set[tuple[str, tuple[int, ...]]] = set()
+        self._runner: web.AppRunner | None = None
+        self._port = 0
+        self._transports: set[asyncio.Transport] = set()
+
+    async def __aenter__(self) -> "FakeSGLang":
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.kill()
+
+    # ---- scripting
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    @property
+    def num_live(self) -> int:
+        """Requests in the engine, running or held."""
+        return len(self._live)
+
+    @property
+    def is_paused(self) -> bool:
+        return self._pause_mode is not None
+
+    async def start(self) -> None:
+        """Serve, with the base weights, on the port of the previous start."""
+        self.label, self._pause_mode, self._stalled = self.base_label, None, False
+        self._resumed = asyncio.Event()
+        self._resumed.set()
+        self._live.clear()
+        self._prefixes.clear()
+        runner = web.AppRunner(self._app(), access_log=None, handler_cancellation=True, shutdown_timeout=0.0)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", self._port, reuse_address=True)
+        await site.start()
+        assert runner.addresses
+        self._port = int(runner.addresses[0][1])
+        self._runner = runner
+
+    async def kill(self) -> None:
+        """Like SIGKILL: connections reset, port closed."""
+        if self._runner is None:
+            return
+        runner, self._runner = self._runner, None
+        for transport in list(self._transports):
+            transport.abort()
+        self._transports.clear()
+        await runner.cleanup()
+
+    async def restart_with_base_weights(self) -> None:
+        """Die and come back at once, as a supervisor would have it."""
+        await self.kill()
+        await self.start()
+
+    def crash_after(self, *, tokens: int) -> None:
+        """The next request's connection is reset when ``tokens`` tokens were sent; the server lives on."""
+        self._crashes.append(tokens)
+
+    def fail_next(self, status: int, *, times: int = 1, message: str = "scripted") -> None:
+        """Answer the next ``/generate`` calls with an error."""
+        body = orjson.dumps({"object": "error", "message": message, "code": status}).decode()
+        self._failures.extend(_Failure(status, body) for _ in range(times))
+
+    def fail_next_updates(self, status: int = 400, *, times: int = 1) -> None:
+        """Refuse the next weight updates."""
+        body = orjson.dumps({"success": False, "message": "scripted"}).decode()
+        self._failed_updates.extend(_Failure(status, body) for _ in range(times))
+
+    def stall(self, *, stalled: bool = True) -> None:
+        """Accept generations and never answer; other calls work."""
+        self._stalled = stalled
+
+    # ---- the protocol
+
+    def _app(self) -> web.Application:
+        app = web.Application(middlewares=[self._gate], client_max_size=1 << 30)
+        app.router.add_post("/generate", self._generate)
+        app.router.add_post("/pause_generation", self._pause)
+        app.router.add_post("/continue_generation", self._continue)
+        app.router.add_post("/update_weights_from_disk", self._update)
+        app.router.add_post("/update_weight_version", self._rename)
+        app.router.add_post("/abort_request", self._abort)
+        app.router.add_post("/flush_cache", self._flush)
+        app.router.add_post("/weights_checker", self._checksum)
+        app.router.add_get("/model_info", self._model_info)
+        app.router.add_get("/server_info", self._server_info)
+        app.router.add_get("/v1/loads", self._loads)
+        app.router.add_get("/ready", self._ready)
+        app.router.add_get("/health", self._health)
+        return app
+
+    @web.middleware
+    async def _gate(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        self._remember_transport(request)
+        self.calls[request.path] += 1
+        if not self._is_authorized(request):
+            return web.json_response({"error": "Unauthorized"}, status=401)
+        return await handler(request)
+
+    def _remember_transport(self, request: web.Request) -> None:
+        if isinstance(request.transport, asyncio.Transport) and request.transport not in self._transports:
+            self._transports = {known for known in self._transports if not known.is_closing()}
+            self._transports.add(request.transport)
+
+    def _is_authorized(self, request: web.Request) -> bool:
+        if request.path.startswith(("/health", "/ready")):
+            return True
+        is_data = request.path in ("/generate", "/model_info", "/server_info", "/v1/loads")
+        key = self._api_key if is_data else self._admin_key or self._api_key
+        return key is None or request.headers.get("Authorization") == f"Bearer {key}"
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        body: dict[str, Any] = orjson.loads(await request.read())
+        self.requests.append(body)
+        if self._failures:
+            failure = self._failures.popleft()
+            return web.Response(status=failure.status, text=failure.body, content_type="application/json")
+        rid = str(body["rid"])
+        if rid in self._live:
+            return _bad_request(f"Duplicate request ID detected: {rid}")
+        sampling: dict[str, Any] = body["sampling_params"]
+        ids: list[int] = body["input_ids"]
+        if not ids or min(ids) < 0 or max(ids) >= VOCAB_SIZE:
+            return _bad_request(f"ids outside a vocabulary of {VOCAB_SIZE}: a real SGLang would be dead now")
+        live = _Live(
+            rid=rid,
+            context=list(ids),
+            prompt_tokens=len(ids),
+            max_new_tokens=int(sampling.get("max_new_tokens", 128)),
+            stop_token_ids=frozenset(sampling.get("stop_token_ids") or ()),
+            incremental=self.incremental,
+            cached_tokens=self._cached(str(body.get("extra_key")), ids),
+        )
+        self._live[rid] = live
+        self.max_live = max(self.max_live, len(self._live))
+        crash_at = self._crashes.popleft() if self._crashes else None
+        try:
+            if self._stalled:
+                await asyncio.Event().wait()
+            return await (self._stream(request, live, crash_at) if body.get("stream") else self._answer(live))
+        except (asyncio.CancelledError, ConnectionError):
+            self.num_disconnects += 1
+            raise
+        finally:
+            self._live.pop(rid, None)
+            self._departed.set()
+
+    async def _next_departure(self) -> None:
+        self._departed.clear()
+        await self._departed.wait()
+
+    def _cached(self, namespace: str, ids: Sequence[int]) -> int:
+        """Prompt tokens whose whole 16-token blocks were seen before in this namespace."""
+        hits = 0
+        for end in range(16, len(ids) + 1, 16):
+            block = (namespace, tuple(ids[:end]))
+            if block in self._prefixes:
+                hits = end
+            self._prefixes.add(block)
+        return min(hits, len(ids) - 1)
+
+    async def _answer(self, live: _Live) -> web.Response:
+        while live.finish is None:
+            await self._sample(live)
+        return web.Response(body=orjson.dumps(self._chunk(live)), content_type="application/json")
+
+    async def _stream(self, request: web.Request, live: _Live, crash_at: int | None) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        while live.finish is None:
+            await self._sample(live)
+            if crash_at is not None and len(live.ids) >= crash_at:
+                del live.ids[crash_at:], live.labels[crash_at:]
+                await response.write(b"data: " + orjson.dumps(self._chunk(live)) + b"\n\n")
+                await asyncio.sleep(0.01)  # lets the written tokens leave before the reset
+                assert request.transport is not None
+                request.transport.abort()
+                return response
+            if live.finish is None:
+                await response.write(b"data: " + orjson.dumps(self._chunk(live)) + b"\n\n")
+        await response.write(b"data: " + orjson.dumps(self._chunk(live)) + b"\n\ndata: [DONE]\n\n")
+        await response.write_eof()
+        return response
+
+    async def _sample(self, live: _Live) -> None:
+        """One token, or all of them when tokens take no time; held while paused."""
+        while not self._resumed.is_set() and not live.is_aborted:
+            if self._pause_mode == "retract" and live.num_retractions == 0:
+                live.num_retractions = 1
+            await self._resumed.wait()
+        while live.finish is None:
+            token = next_token(live.context)
+            live.context.append(token)
+            live.ids.append(token)
+            live.labels.append(self.label)
+            self.num_tokens += 1
+            if self.token_latency_s:
+                await asyncio.sleep(self.token_latency_s)
+                return
+
+    def _chunk(self, live: _Live) -> dict[str, Any]:
+        start = live.num_sent if live.incremental else 0
+        live.num_sent = len(live.ids)
+        ids = live.ids[start:]
+        meta: dict[str, Any] = {
+            "id": live.rid,
+            "finish_reason": live.finish,
+            "prompt_tokens": live.prompt_tokens,
+            "cached_tokens": live.cached_tokens,
+            "completion_tokens": len(live.ids),
+            "num_retractions": live.num_retractions,
+            "weight_version": live.labels[-1] if live.labels else self.label,
+            "output_token_logprobs": [[pseudo_logprob(token), token, None] for token in ids],
+            "output_token_logprobs_length": len(live.ids),
+        }
+        if live.finish is not None and self.reports_spans:
+            meta["weight_versions"] = _spans(live.labels)
+        return {"text": "", "output_ids": ids, "meta_info": meta}
+
+    async def _pause(self, request: web.Request) -> web.Response:
+        mode = (await request.json()).get("mode", "abort")
+        if mode not in ("abort", "retract", "in_place"):
+            return _bad_request(f"unknown mode {mode}")
+        self._pause_mode = mode
+        self._resumed.clear()
+        if mode == "abort":
+            for live in self._live.values():
+                live.is_aborted = True
+            while any(live.is_aborted for live in self._live.values()):
+                await self._next_departure()
+        return web.json_response({"message": "Generation paused successfully.", "status": "ok"})
+
+    async def _continue(self, request: web.Request) -> web.Response:
+        await request.read()
+        self._pause_mode = None
+        self._resumed.set()
+        return web.json_response({"status": "ok"})
+
+    async def _update(self, request: web.Request) -> web.Response:
+        body: dict[str, Any] = await request.json()
+        self.updates.append(body)
+        if self._failed_updates:
+            failure = self._failed_updates.popleft()
+            return web.Response(status=failure.status, text=failure.body, content_type="application/json")
+        is_missing = self.check_path and not os.path.isdir(body["model_path"])  # noqa: ASYNC240  # a stat in a test double
+        if is_missing:
+            return web.json_response({"success": False, "message": f"{body['model_path']} does not exist"}, status=400)
+        while self._pause_mode is None and self._live:  # SGLang's writer lock waits for what runs
+            await self._next_departure()
+        await asyncio.sleep(self.update_s)
+        is_held = bool(self._live) and self._pause_mode == "in_place"
+        self.label = str(body.get("weight_version") or self.label)
+        if body.get("flush_cache", True) and is_held:
+            message = "Weights were updated, but the cache was not flushed: requests are running"
+            return web.json_response({"success": False, "message": message}, status=400)
+        if body.get("flush_cache", True):
+            self._prefixes.clear()
+        return web.json_response({"success": True, "message": "Succeeded to update model weights."})
+
+    async def _rename(self, request: web.Request) -> web.Response:
+        self.label = str((await request.json())["new_version"])
+        return web.json_response({"success": True, "new_version": self.label})
+
+    async def _abort(self, request: web.Request) -> web.Response:
+        live = self._live.get((await request.json()).get("rid", ""))
+        if live is not None and not self.is_paused:  # a held request never hears of it
+            live.is_aborted = True
+        return web.Response()
+
+    async def _flush(self, request: web.Request) -> web.Response:
+        await request.read()
+        if self._live:
+            return web.Response(status=400, text="requests are running")
+        self._prefixes.clear()
+        return web.Response(text="Cache flushed.")
+
+    async def _checksum(self, request: web.Request) -> web.Response:
+        await request.read()
+        checksum = hashlib.sha256(self.label.encode()).hexdigest()[:16]
+        return web.json_response({"success": True, "message": "", "per_engine_checksum": checksum})
+
+    async def _model_info(self, request: web.Request) -> web.Response:
+        label = self.lying_label or self.label
+        return web.json_response({"model_path": "fake", "weight_version": label, "is_generation": True})
+
+    async def _server_info(self, request: web.Request) -> web.Response:
+        return web.json_response({"disable_overlap_schedule": True, "weight_version": self.base_label})
+
+    async def _loads(self, request: web.Request) -> web.Response:
+        load = {"dp_rank": 0, "num_running_reqs": len(self._live), "num_waiting_reqs": 0}
+        return web.json_response({"version": "fake", "loads": [load]})
+
+    async def _ready(self, request: web.Request) -> web.Response:
+        return web.Response(status=503 if self.is_paused else 200)
+
+    async def _health(self, request: web.Request) -> web.Response:
+        return web.Response(status=503 if self.is_paused or self._stalled else 200)
+
+
+def _spans(labels: Sequence[str]) -> list[dict[str, Any]]:
+    spans: list[dict[str, Any]] = []
+    for token, label in enumerate(labels):
+        if spans and spans[-1]["version"] == label:
+            spans[-1]["end"] = token + 1
+        else:
+            spans.append({"version": label, "start": token, "end": token + 1})
+    return spans
+
+
+def _bad_request(message: str) -> web.Response:
+    return web.json_response({"error": {"message": message}}, status=400)
