@@ -72,6 +72,8 @@ class RolloutError(AgentRLError):
     """One rollout failed; it is recorded and its siblings go on."""
 
     kind = "rollout"
+    partial: object | None = None
+    """What was rolled out before the failure (an ``agentrl.rollout.agent_loop.Rollout``), kept for replay."""
 
 
 class ToolError(RolloutError):

@@ -1,0 +1,367 @@
+"""One rollout: generate, call tools, repeat, score. The registry of agent loops is here too.
+
+Waits for: a server (``server``), a tool (``tool:<name>``), the scorer (``reward``), each under a deadline that is owned
+here. How a rollout ends:
+
+- ``answered``: the model ended its turn and called nothing.
+- ``max_turns``: it called tools in its last allowed turn; they are not run, since it could not read their results.
+- ``max_tokens``: the response budget is used up, a tool's result no longer fits (it is then left out), or a turn without
+  calls was cut by the per-turn limit. A cut turn *with* calls goes on: the missing end of the turn is appended as
+  observation, and a half-written call is answered with the reason.
+- ``tool_limit``: too many calls were malformed, unknown or invalid.
+- ``deadline``: the rollout's own deadline passed; what was in progress is left out.
+- ``aborted`` and ``error:<kind>``: nothing to train on; raised as ``RolloutError`` with the partial record attached.
+
+All but the last are scored on what the assistant wrote.
+"""
+
+import asyncio
+import dataclasses
+import json
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeAlias
+
+from agentrl.errors import ConfigError, DeadlineExceeded, GenerationError, RolloutError
+from agentrl.protocols import Generator
+from agentrl.rollout.chat_template import ChatTemplate
+from agentrl.rollout.reward import Scorer
+from agentrl.rollout.tool_parsers import FoundCall, ToolParser, get_tool_parser
+from agentrl.rollout.toolbox import Observation, Toolbox, ToolSession
+from agentrl.rollout.trajectory_builder import TrajectoryBuilder
+from agentrl.supervise import deadline, waiting
+from agentrl.types import CallRecord, Episode, Generation, Message, SamplingParams, Score, Stop, Task, Trajectory, Turn
+
+_LATE_S = 0.05
+"""A generation that fails this close to the rollout's end failed because of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one rollout may use."""
+
+    max_turns: int = 8
+    """Generations."""
+    max_tokens: int = 1024
+    """Response tokens: everything after the prompt, tool results included."""
+    max_tokens_per_turn: int = 512
+    """Sampled tokens of one generation."""
+    max_tool_tokens: int = 256
+    """Tokens of one tool result; longer ones are cut. A tool's own, smaller limit wins."""
+    max_calls_per_turn: int = 4
+    """Calls run per turn; the others are answered with this limit."""
+    max_invalid_calls: int = 4
+    """Malformed, unknown or invalid calls after which the rollout stops."""
+    turn_timeout_s: float = 300.0
+    """Of one generation."""
+    rollout_timeout_s: float = 1200.0
+    """Of the whole rollout, without scoring."""
+
+
+class Rollout(NamedTuple):
+    """A finished rollout: what is trained on, and what scoring saw."""
+
+    trajectory: Trajectory
+    episode: Episode
+
+
+@dataclass(frozen=True, slots=True)
+class SampledTurn:
+    """One generation, as a loop sees it."""
+
+    text: str
+    """Decoded for parsing; never encoded again."""
+    is_cut: bool
+    """It ended at a token limit rather than with the end of a turn."""
+
+
+@dataclass(slots=True, kw_only=True)
+class RolloutState:
+    """What an agent loop works with."""
+
+    task: Task
+    template: ChatTemplate
+    generator: Generator
+    tools: ToolSession
+    has_tools: bool
+    parser: ToolParser
+    limits: Limits
+    sampling: SamplingParams
+    builder: TrajectoryBuilder
+    trajectory_id: str
+    group_id: str
+    ends_at: float
+    """Loop time at which the rollout's deadline passes."""
+    num_turns: int = 0
+    num_invalid: int = 0
+    tool_rewards: float = 0.0
+    texts: list[str] = field(default_factory=list[str])
+    """What the assistant wrote, one entry a turn."""
+    final_from: int = 0
+    """First of ``texts`` after the last tool result."""
+    calls: list[CallRecord] = field(default_factory=list[CallRecord])
+
+    @property
+    def tokens_left(self) -> int:
+        return self.builder.tokens_left(self.limits.max_tokens)
+
+    async def generate(self) -> SampledTurn:
+        """Sample one turn and append it.
+
+        Raises:
+            DeadlineExceeded: no generation within the turn's limit, although the rollout has time left.
+            GenerationError: no server could generate, or what came is unusable.
+        """
+        left_s = self.ends_at - asyncio.get_running_loop().time()
+        timeout_s = max(0.0, min(self.limits.turn_timeout_s, left_s))
+        stops = (*self.sampling.stop_token_ids, *self.template.stop_ids)
+        sampling = dataclasses.replace(
+            self.sampling,
+            max_new_tokens=min(self.sampling.max_new_tokens, self.limits.max_tokens_per_turn, self.tokens_left),
+            stop_token_ids=tuple(dict.fromkeys(stops)),
+        )
+        started = time.monotonic()
+        with waiting("server"):
+            async with deadline(timeout_s, "turn"):
+                generation = await self.generator.generate(
+                    self.builder.token_ids,
+                    sampling,
+                    trajectory_id=self.trajectory_id,
+                    group_id=self.group_id,
+                    deadline=timeout_s,
+                )
+        if generation.finish == "abort":
+            raise Aborted(f"{generation.server} aborted the generation after {len(generation.ids)} tokens")
+        return self._append(generation, (time.monotonic() - started) * 1e3, sampling.max_new_tokens)
+
+    def _append(self, generation: Generation, ms: float, asked: int) -> SampledTurn:
+        if not generation.ids:
+            raise GenerationError(f"{generation.server} returned no tokens (finish={generation.finish})")
+        if len(generation.ids) > asked:
+            raise GenerationError(f"{generation.server} returned {len(generation.ids)} tokens although {asked} were asked for")
+        start, end = self.builder.append_sampled(generation)
+        text = self.template.decode(generation.ids)
+        self.texts.append(text)
+        self.num_turns += 1
+        self.builder.add_turn(
+            Turn(
+                kind="model", segment=self.builder.segment, start=start, end=end, ms=ms, server=generation.server,
+                finish=generation.finish, text=text,
+            )  # fmt: skip
+        )
+        return SampledTurn(text, is_cut=generation.finish == "length")
+
+    def find_calls(self, turn: SampledTurn) -> list[FoundCall]:
+        """The calls in a turn; none where the task offers no tools."""
+        return self.parser.find_calls(turn.text, is_cut=turn.is_cut) if self.has_tools else []
+
+    async def call_tools(self, calls: Sequence[FoundCall]) -> Stop | None:
+        """Run calls and append their results; returns why the rollout must stop, if it must.
+
+        Raises:
+            ToolInfraError: a tool failed outside the model's control.
+        """
+        run, surplus = calls[: self.limits.max_calls_per_turn], calls[self.limits.max_calls_per_turn :]
+        observations = await self.tools.run(run, turn=self.num_turns - 1)
+        if surplus:
+            text = (
+                f"Error: {len(surplus)} further call{'s were' if len(surplus) > 1 else ' was'} not run; "
+                f"at most {self.limits.max_calls_per_turn} per turn"
+            )
+            observations.append(Observation(name="", text=text, ok=False, error_kind="limit"))
+        messages: list[Message] = [{"role": "tool", "content": o.text} for o in observations]
+        ids = self.template.observation_ids(messages, last_sampled=self.builder.token_ids[-1])
+        self.num_invalid += sum(o.error_kind in ("parse", "unknown_tool", "arguments") for o in observations)
+        self.tool_rewards += sum(o.reward or 0.0 for o in observations)
+        fits = len(ids) < self.tokens_left  # at least one token must remain for the answer
+        is_over = self.num_invalid >= self.limits.max_invalid_calls
+        start = end = len(self.builder.token_ids)
+        if fits and not is_over:
+            start, end = self.builder.append_observed(ids)
+            self.final_from = len(self.texts)
+        for observation in observations:
+            self._record(observation, start, end)
+        if is_over:
+            return "tool_limit"
+        return None if fits else "max_tokens"
+
+    def _record(self, observation: Observation, start: int, end: int) -> None:
+        self.builder.add_turn(
+            Turn(
+                kind="tool", segment=self.builder.segment, start=start, end=end, ms=observation.ms, name=observation.name,
+                arguments=json.dumps(observation.arguments, ensure_ascii=False) if observation.name else observation.raw,
+                ok=observation.ok, error_kind=observation.error_kind, text=observation.text,
+            )  # fmt: skip
+        )
+        self.calls.append(
+            CallRecord(
+                name=observation.name,
+                arguments=observation.arguments,
+                ok=observation.ok,
+                error_kind=observation.error_kind,
+                result=observation.text,
+            )
+        )
+
+    def episode(self, stop: Stop) -> Episode:
+        """What scoring sees."""
+        return Episode(
+            task=self.task,
+            assistant_text="\n".join(self.texts),
+            final="\n".join(self.texts[self.final_from :]),
+            transcript=self.template.decode_all(self.builder.token_ids[self.builder.prompt_length :]),
+            calls=tuple(self.calls),
+            stop=stop,
+            num_turns=self.num_turns,
+        )
+
+
+class Aborted(RolloutError):
+    """The generation was aborted from outside, for example by an operator."""
+
+    kind = "aborted"
+
+
+AgentLoop: TypeAlias = Callable[[RolloutState], Awaitable[Stop]]
+"""Plays one rollout on the state and returns why it ended."""
+
+_LOOPS: dict[str, AgentLoop] = {}
+
+
+def agent_loop(name: str) -> Callable[[AgentLoop], AgentLoop]:
+    """Register an agent loop."""
+
+    def register(loop: AgentLoop) -> AgentLoop:
+        _LOOPS[name] = loop
+        return loop
+
+    return register
+
+
+def get_agent_loop(name: str) -> AgentLoop:
+    """The loop registered as ``name``; verl's ``single_turn_agent`` is ``single_turn``.
+
+    Raises:
+        ConfigError: there is none; names those there are.
+    """
+    known = _LOOPS.get(name) or _LOOPS.get(name.removesuffix("_agent"))
+    if known is None:
+        raise ConfigError(f"no agent loop `{name}`; there are: {', '.join(sorted(_LOOPS))}")
+    return known
+
+
+@agent_loop("single_turn")
+async def single_turn(state: RolloutState) -> Stop:
+    """One generation; tools are not called."""
+    turn = await state.generate()
+    return "max_tokens" if turn.is_cut else "answered"
+
+
+@agent_loop("tool_agent")
+async def tool_agent(state: RolloutState) -> Stop:
+    """Generate and call tools in turn until the model answers or a limit is reached."""
+    while True:
+        turn = await state.generate()
+        calls = state.find_calls(turn)
+        if not calls:
+            return "max_tokens" if turn.is_cut else "answered"
+        if state.tokens_left == 0:
+            return "max_tokens"
+        if state.num_turns >= state.limits.max_turns:
+            return "max_turns"
+        stop = await state.call_tools(calls)
+        if stop is not None:
+            return stop
+
+
+async def run_rollout(
+    task: Task,
+    *,
+    loop: str,
+    template: ChatTemplate,
+    generator: Generator,
+    toolbox: Toolbox,
+    scorer: Scorer,
+    limits: Limits,
+    sampling: SamplingParams,
+    trajectory_id: str,
+    group_id: str,
+    ordinal: int,
+    sample_index: int,
+    attempt: int,
+    env_name: str,
+    parser: str = "hermes",
+    require_versions: bool = True,
+    prompt: Callable[[Task], Sequence[Message]] | None = None,
+) -> Rollout:
+    """Roll one task out and score it.
+
+    Args:
+        task: the row; its ``tool_selection`` narrows the tools shown and runnable.
+        loop: name of the agent loop.
+        template: of the policy's tokenizer.
+        generator: samples tokens.
+        toolbox: the run's tools; may be empty.
+        scorer: gives the reward.
+        limits: of the rollout.
+        sampling: of every turn; its ``max_new_tokens`` is lowered to what the limits leave.
+        trajectory_id: ``{task_id}/{ordinal}/{sample_index}/{attempt}``.
+        group_id: ``{task_id}/{ordinal}``.
+        ordinal: of the group.
+        sample_index: within the group.
+        attempt: 0 for the first try.
+        env_name: recorded.
+        parser: tool-call format of the model.
+        require_versions: refuse tokens without a policy version; off to evaluate foreign servers.
+        prompt: makes the opening messages (an Env's ``prompt``); by default the task's own.
+
+    Raises:
+        RolloutError: nothing to train on. ``kind`` says why; ``partial`` holds the `Rollout` so far, with stop
+            ``aborted`` or ``error:<kind>`` and reward 0, where there is one.
+    """
+    play = get_agent_loop(loop)
+    created = time.time()
+    shown = template.with_tools(toolbox.schemas(task.tool_selection)) if loop != "single_turn" else template.with_tools(None)
+    messages = task.prompt if prompt is None else prompt(task)
+    builder = TrajectoryBuilder(shown.prompt_ids(messages), require_versions=require_versions)
+
+    def finish(stop: Stop, score: Score) -> Trajectory:
+        return builder.finish(
+            id=trajectory_id, task_id=task.id, group_id=group_id, ordinal=ordinal, sample_index=sample_index, attempt=attempt,
+            env=env_name, agent=loop, data_source=task.data_source, split=task.split, reward=score.reward,
+            reward_terms={"correct": float(score.correct), **score.terms}, stop=stop, created=created, finished=time.time(),
+        )  # fmt: skip
+
+    state: RolloutState | None = None
+    try:
+        async with toolbox.session(
+            task=task, trajectory_id=trajectory_id, sample_index=sample_index, max_output_tokens=limits.max_tool_tokens
+        ) as tools:
+            state = RolloutState(
+                task=task, template=shown, generator=generator, tools=tools, has_tools=shown.tools is not None,
+                parser=get_tool_parser(parser), limits=limits, sampling=sampling, builder=builder, trajectory_id=trajectory_id,
+                group_id=group_id, ends_at=asyncio.get_running_loop().time() + limits.rollout_timeout_s,
+            )  # fmt: skip
+            stop = await _play(play, state)
+        episode = state.episode(stop)
+        score = await scorer.score(episode, tool_rewards=state.tool_rewards)
+    except RolloutError as error:
+        if state is not None:
+            failed = "aborted" if isinstance(error, Aborted) else f"error:{error.kind}"
+            error.partial = Rollout(finish(failed, Score(correct=0.0)), state.episode(failed))
+        raise
+    return Rollout(finish(stop, score), episode)
+
+
+async def _play(play: AgentLoop, state: RolloutState) -> Stop:
+    """Play under the rollout's deadline; passing it is an end like others, unless nothing was sampled."""
+    try:
+        async with deadline(max(0.0, state.ends_at - asyncio.get_running_loop().time()), "rollout"):
+            return await play(state)
+    except DeadlineExceeded as error:
+        is_own = error.stage == "rollout" or asyncio.get_running_loop().time() >= state.ends_at - _LATE_S
+        if is_own and state.builder.num_sampled:
+            return "deadline"
+        raise
+

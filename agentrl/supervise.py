@@ -1,0 +1,94 @@
+"""The only async helpers: ``running()`` for endless loops, ``deadline()`` for bounded ones, ``waiting()`` to say what for."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Coroutine, Generator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+
+from agentrl.errors import AgentRLError, DeadlineExceeded
+
+
+class LoopExited(AgentRLError):
+    """A loop that should run until it is cancelled returned."""
+
+
+@asynccontextmanager
+async def running(**loops: Coroutine[None, None, None]) -> AsyncGenerator[None, None]:
+    """Run endless loops beside the block. The block's end stops them; any loop's end stops the block.
+
+    Raises:
+        LoopExited: a loop returned instead of running until cancelled.
+        BaseExceptionGroup: several of the loops and the block failed; a single failure is raised as itself.
+    """
+
+    async def endless(name: str, loop: Coroutine[None, None, None]) -> None:
+        await loop
+        raise LoopExited(f"{name} returned; it should run until cancelled")
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(endless(name, loop), name=name) for name, loop in loops.items()]
+            yield
+            for task in tasks:
+                task.cancel()
+    except BaseExceptionGroup as error:
+        if len(error.exceptions) == 1:  # so that `except ConfigError` around the block means what it says
+            raise error.exceptions[0] from error.exceptions[0].__cause__
+        raise
+
+
+@asynccontextmanager
+async def deadline(seconds: float, stage: str) -> AsyncGenerator[None, None]:
+    """Bound the block from outside. A ``TimeoutError`` that the block itself raises passes through unchanged.
+
+    Raises:
+        DeadlineExceeded: the block took longer than ``seconds``.
+    """
+    scope = asyncio.timeout(seconds)
+    try:
+        async with scope:
+            yield
+    except TimeoutError as error:
+        if scope.expired():
+            raise DeadlineExceeded(stage, seconds) from error
+        raise
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Wait:
+    reason: str
+    since: float
+
+
+_WAITS: set[_Wait] = set()
+
+
+@contextmanager
+def waiting(reason: str) -> Generator[None, None, None]:
+    """Say what the block waits for: ``capacity | server | tool:<name> | group | trainer | weights | stream | reward``."""
+    wait = _Wait(reason, time.monotonic())
+    _WAITS.add(wait)
+    try:
+        yield
+    finally:
+        _WAITS.discard(wait)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WaitSummary:
+    """Everything in this process that waits for one reason."""
+
+    count: int
+    oldest_s: float
+    """Seconds since the longest of them began to wait."""
+
+
+def current_waits() -> dict[str, WaitSummary]:
+    """What this process waits for right now, longest first."""
+    now = time.monotonic()
+    ages: dict[str, list[float]] = {}
+    for wait in list(_WAITS):
+        ages.setdefault(wait.reason, []).append(now - wait.since)
+    ordered = sorted(ages.items(), key=lambda item: -max(item[1]))
+    return {reason: WaitSummary(count=len(a), oldest_s=max(a)) for reason, a in ordered}
