@@ -1,0 +1,102 @@
+"""Every Redis key of a run: what it holds, who writes it, who trims it.
+
+All keys start with ``arl:{run}:``. The braces are a Redis hash tag: every key of a run lies in one slot, so one Lua
+script may touch all of them.
+
+| key | type | holds | written by | trimmed by |
+|---|---|---|---|---|
+| ``traj`` | stream | one entry per trajectory and per group close | producer | learner's commit (XACK + XDEL) |
+| ``blob:<id>`` | string | payload of an entry over 1 MiB | producer, with the entry | whatever removes the entry |
+| ``dedupe`` | zset | id put -> ms; makes a retry one entry | producer | producer, after ``dedupe_ttl_s`` |
+| ``open`` | hash | group id -> members put, until the group closes | producer | producer's close |
+| ``closed`` | bitmap | bit ``ordinal`` is 1 once that group closed | producer's close | never (1 bit per group) |
+| ``stats`` | hash | counters: bytes, submitted, closed, outcomes … | every script | never |
+| ``fence`` | int | run epoch; only its holder may commit | learner's acquire | never |
+| ``dead`` | stream | entries that cannot be trained, with the reason | learner | oldest first, at 1000 |
+| ``policy`` | hash | the policy record | learner | never (overwritten) |
+| ``progress`` | hash | version and groups decided, for admission | learner | never (overwritten) |
+| ``fingerprint`` | hash | what serve and learn must agree on | first to start | ``clear_fingerprint`` |
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+from agentrl.errors import ConfigError
+
+GROUP: Final = "learner"
+"""The consumer group: one logical reader, the learner."""
+
+KEY_NAMES: Final = (
+    "traj",
+    "dedupe",
+    "stats",
+    "fence",
+    "dead",
+    "policy",
+    "progress",
+    "closed",
+    "open",
+    "fingerprint",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The keys of one run. ``run`` names it: letters, digits and ``-_.:/@+`` keep it readable in ``redis-cli``."""
+
+    run: str
+
+    def __post_init__(self) -> None:
+        if not self.run or any(c in "{}" or c.isspace() or not c.isprintable() for c in self.run):
+            raise ConfigError(
+                f"run name {self.run!r} cannot be part of a Redis key: use a non-empty name without braces or spaces"
+            )
+
+    @property
+    def prefix(self) -> str:
+        return f"arl:{{{self.run}}}:"
+
+    @property
+    def traj(self) -> str:
+        """Stream. Fields: ``t`` id, ``g`` group id, ``k`` kind (t or c), ``n`` bytes, ``b`` payload or ``s`` side key."""
+        return self.prefix + "traj"
+
+    @property
+    def dedupe(self) -> str:
+        return self.prefix + "dedupe"
+
+    @property
+    def stats(self) -> str:
+        return self.prefix + "stats"
+
+    @property
+    def fence(self) -> str:
+        return self.prefix + "fence"
+
+    @property
+    def dead(self) -> str:
+        return self.prefix + "dead"
+
+    @property
+    def policy(self) -> str:
+        return self.prefix + "policy"
+
+    @property
+    def progress(self) -> str:
+        return self.prefix + "progress"
+
+    @property
+    def closed(self) -> str:
+        return self.prefix + "closed"
+
+    @property
+    def open(self) -> str:
+        return self.prefix + "open"
+
+    @property
+    def fingerprint(self) -> str:
+        return self.prefix + "fingerprint"
+
+    def blob(self, entry_id: str) -> str:
+        """Side key of one large entry, by trajectory id."""
+        return f"{self.prefix}blob:{entry_id}"

@@ -1,0 +1,124 @@
+"""How every rollout ended, counted by the same scripts that moved it; the sums must close.
+
+``submitted`` counts rollouts: the sizes of all closed groups, the members put of groups still open, and trajectories
+that came although their group did not list them. Each of them is in exactly one of the other columns:
+
+    submitted = trained + filtered + stale + failed + superseded + waiting
+
+``waiting`` is measured, not counted: it is what lies on the stream. A difference means that something left the stream
+by another way than a commit (an operator's XDEL or XTRIM, a server that lost data).
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import redis
+
+from agentrl.stream.connection import retry
+from agentrl.stream.keys import Keys
+
+_OUTCOME = "outcome:"
+_FAILED = "outcome:failed:"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ledger:
+    """How the rollouts of a run ended, as of one instant."""
+
+    submitted: int
+    trained: int
+    filtered: int
+    stale: int
+    failed: Mapping[str, int]
+    """Reason -> rollouts. ``dead_letter`` are those whose entry could not be read or trained."""
+    superseded: int
+    waiting: int
+    """Trajectories on the stream: not read, or read and not committed."""
+    dead: int
+    """Entries ever sent to the dead letters, group closes included."""
+    open_groups: int
+    """Groups with members on the stream that have not closed."""
+    closed_groups: int
+    committed_groups: int
+    bytes: int
+    """Encoded bytes on the stream."""
+
+    @property
+    def difference(self) -> int:
+        """Rollouts submitted minus rollouts accounted for; 0 when the ledger closes."""
+        ended = self.trained + self.filtered + self.stale + sum(self.failed.values()) + self.superseded
+        return self.submitted - ended - self.waiting
+
+    @property
+    def closes(self) -> bool:
+        """Whether every rollout is accounted for, and an empty stream holds no bytes."""
+        empty = self.waiting == 0 and self.closed_groups == self.committed_groups
+        return self.difference == 0 and not (empty and self.bytes != 0)
+
+    def to_json(self) -> str:
+        """One JSON object: the fields, ``difference`` and ``closes``."""
+        return json.dumps({**asdict(self), "difference": self.difference, "closes": self.closes}, sort_keys=True)
+
+    def table(self) -> str:
+        """The ledger for people."""
+        rows = [
+            ("submitted", self.submitted),
+            ("trained", self.trained),
+            ("filtered", self.filtered),
+            ("stale", self.stale),
+            *((f"failed ({reason})", count) for reason, count in sorted(self.failed.items())),
+            ("superseded", self.superseded),
+            ("waiting", self.waiting),
+        ]
+        width = max(len(name) for name, _ in rows)
+        lines = [f"{name:<{width}}  {count:>10,}" for name, count in rows]
+        lines.append(f"groups: {self.open_groups} open, {self.closed_groups} closed, {self.committed_groups} committed")
+        lines.append(f"dead letters: {self.dead}; stream: {self.bytes:,} bytes")
+        if self.closes:
+            lines.append("The ledger closes.")
+        else:
+            lines.append(
+                f"THE LEDGER DOES NOT CLOSE: {self.difference} rollouts and {self.bytes} bytes are unaccounted for. "
+                "Were entries deleted by hand, or did the server lose data?"
+            )
+        return "\n".join(lines)
+
+
+def read_ledger(client: redis.Redis, keys: Keys, *, patience_s: float | None = 30.0) -> Ledger:
+    """The ledger of a run, while it runs or after; needs the server.
+
+    Raises:
+        StreamError: the server stayed away.
+    """
+
+    def once() -> list[Any]:
+        with client.pipeline(transaction=True) as pipe:
+            pipe.hgetall(keys.stats)
+            pipe.xlen(keys.traj)
+            pipe.hlen(keys.open)
+            return pipe.execute()
+
+    answers = retry(once, "reading the ledger", patience_s=patience_s)
+    raw = cast("dict[bytes, bytes]", answers[0])
+    stats = {name.decode(): int(value) for name, value in raw.items() if name != b"full_why"}
+
+    def count(name: str) -> int:
+        return stats.get(name, 0)
+
+    closes_on_stream = count("closed_groups") - count("committed_groups")
+    return Ledger(
+        submitted=count("submitted"),
+        trained=count(_OUTCOME + "trained"),
+        filtered=count(_OUTCOME + "filtered"),
+        stale=count(_OUTCOME + "stale"),
+        failed={name.removeprefix(_FAILED): value for name, value in sorted(stats.items()) if name.startswith(_FAILED)},
+        superseded=count(_OUTCOME + "superseded"),
+        waiting=int(answers[1]) - closes_on_stream,
+        dead=count("dead"),
+        open_groups=int(answers[2]),
+        closed_groups=count("closed_groups"),
+        committed_groups=count("committed_groups"),
+        bytes=count("bytes"),
+    )

@@ -1,0 +1,209 @@
+"""The Lua that makes each step of an entry's life atomic. Every script is safe to repeat after a lost reply.
+
+Scripts that only free memory or finish groups carry ``allow-oom``: refusing them at ``maxmemory`` would keep the server
+full for ever. PUT does not, and the producer reads that refusal as "full".
+"""
+
+from typing import Final
+
+DEAD_MAXLEN: Final = 1000
+"""Dead letters kept. Only this stream is ever trimmed by length: on the trajectory stream that loses entries."""
+
+_ALLOW_OOM: Final = "#!lua flags=allow-oom\n"
+
+_ADMIT: Final = """
+local function state_of(dedupe, closed, id, ordinal)
+  if redis.call('ZSCORE', dedupe, id) then return 'DUP' end
+  if redis.call('GETBIT', closed, ordinal) == 1 then return 'LATE' end
+  return nil
+end
+-- 'items' bounds what no learner has taken yet; 'bytes' bounds all that lives, unless the group has already begun.
+local function full(traj, stats, open, group_id, bytes, max_items, max_bytes, now)
+  local delivered = 0
+  local pending = redis.pcall('XPENDING', traj, 'learner')
+  if not pending['err'] then delivered = tonumber(pending[1]) end
+  local why = nil
+  if redis.call('XLEN', traj) - delivered >= max_items then
+    why = 'items'
+  else
+    local live = tonumber(redis.call('HGET', stats, 'bytes') or '0')
+    if live > 0 and live + bytes > max_bytes and redis.call('HEXISTS', open, group_id) == 0 then why = 'bytes' end
+  end
+  if why and now - tonumber(redis.call('HGET', stats, 'full_ms') or '0') > 1000 then
+    redis.call('HSET', stats, 'full_ms', now, 'full_why', why)
+  end
+  return why
+end
+"""
+
+ROOM: Final = (
+    _ALLOW_OOM
+    + _ADMIT
+    + """
+-- KEYS traj dedupe stats closed open | ARGV id group ordinal now max_items max_bytes bytes
+local known = state_of(KEYS[2], KEYS[4], ARGV[1], ARGV[3])
+if known then return known end
+if full(KEYS[1], KEYS[3], KEYS[5], ARGV[2], tonumber(ARGV[7]), tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[4]))
+then return 'FULL' end
+return 'ROOM'
+"""
+)
+
+PUT: Final = (
+    _ADMIT
+    + """
+-- KEYS traj dedupe stats closed open blob | ARGV id group ordinal now max_items max_bytes forget_before side payload
+local id, group_id, now, payload = ARGV[1], ARGV[2], tonumber(ARGV[4]), ARGV[9]
+local known = state_of(KEYS[2], KEYS[4], id, ARGV[3])
+if known == 'DUP' then return 'DUP' end
+if known == 'LATE' then
+  redis.call('ZADD', KEYS[2], now, id)
+  redis.call('HINCRBY', KEYS[3], 'submitted', 1)
+  redis.call('HINCRBY', KEYS[3], 'outcome:superseded', 1)
+  return 'LATE'
+end
+if full(KEYS[1], KEYS[3], KEYS[5], group_id, #payload, tonumber(ARGV[5]), tonumber(ARGV[6]), now) then return 'FULL' end
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', ARGV[7])
+if ARGV[8] == '1' then
+  redis.call('SET', KEYS[6], payload)
+  redis.call('XADD', KEYS[1], '*', 't', id, 'g', group_id, 'k', 't', 'n', #payload, 's', '1')
+else
+  redis.call('XADD', KEYS[1], '*', 't', id, 'g', group_id, 'k', 't', 'n', #payload, 'b', payload)
+end
+redis.call('ZADD', KEYS[2], now, id)
+redis.call('HINCRBY', KEYS[5], group_id, 1)
+redis.call('HINCRBY', KEYS[3], 'bytes', #payload)
+redis.call('HINCRBY', KEYS[3], 'submitted', 1)
+return 'OK'
+"""
+)
+
+CLOSE: Final = (
+    _ALLOW_OOM
+    + """
+-- KEYS traj dedupe stats closed open | ARGV id group ordinal now size payload num_members members.. (reason count)..
+local id, group_id, ordinal, payload = ARGV[1], ARGV[2], ARGV[3], ARGV[6]
+if redis.call('GETBIT', KEYS[4], ordinal) == 1 then
+  if redis.call('HEXISTS', KEYS[5], group_id) == 1 then return {'TAKEN'} end
+  return {'DUP'}
+end
+local num_members = tonumber(ARGV[7])
+local missing = {'MISSING'}
+for i = 8, 7 + num_members do
+  if not redis.call('ZSCORE', KEYS[2], ARGV[i]) then missing[#missing + 1] = ARGV[i] end
+end
+if #missing > 1 then return missing end
+local unreported = tonumber(ARGV[5]) - num_members
+redis.call('HINCRBY', KEYS[3], 'submitted', unreported)
+for i = 8 + num_members, #ARGV, 2 do
+  redis.call('HINCRBY', KEYS[3], 'outcome:failed:' .. ARGV[i], ARGV[i + 1])
+  unreported = unreported - tonumber(ARGV[i + 1])
+end
+if unreported > 0 then redis.call('HINCRBY', KEYS[3], 'outcome:failed:unreported', unreported) end
+redis.call('XADD', KEYS[1], '*', 't', id, 'g', group_id, 'k', 'c', 'n', #payload, 'b', payload)
+redis.call('ZADD', KEYS[2], ARGV[4], id)
+redis.call('SETBIT', KEYS[4], ordinal, 1)
+redis.call('HDEL', KEYS[5], group_id)
+redis.call('HINCRBY', KEYS[3], 'bytes', #payload)
+redis.call('HINCRBY', KEYS[3], 'closed_groups', 1)
+return {'OK'}
+"""
+)
+
+ACQUIRE: Final = (
+    _ALLOW_OOM
+    + """
+-- KEYS fence traj progress stats | ARGV at_least
+local epoch = math.max(tonumber(redis.call('GET', KEYS[1]) or '0'), tonumber(ARGV[1])) + 1
+redis.call('SET', KEYS[1], epoch)
+local made = redis.pcall('XGROUP', 'CREATE', KEYS[2], 'learner', '0', 'MKSTREAM')
+if type(made) == 'table' and made['err'] and not string.find(made['err'], 'BUSYGROUP') then return made end
+local committed = redis.call('HGET', KEYS[4], 'committed_groups') or '0'
+redis.call('HSET', KEYS[3], 'run_epoch', epoch, 'consumed_groups', committed)
+return {epoch, tonumber(committed)}
+"""
+)
+
+_FENCED: Final = """
+local holder = redis.call('GET', KEYS[1])
+if holder ~= ARGV[1] then return {'FENCED', holder or '0'} end
+"""
+
+COMMIT: Final = (
+    _ALLOW_OOM
+    + _FENCED
+    + f"""
+-- KEYS fence traj stats dead dedupe | ARGV epoch prefix (entry kind id bytes side outcome reason)..
+for i = 3, #ARGV, 7 do
+  local entry, kind, id, outcome, reason = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 5], ARGV[i + 6]
+  if reason ~= '' then
+    local found = redis.call('XRANGE', KEYS[2], entry, entry)
+    if found[1] then
+      local copy = {{'entry', entry, 'reason', reason, 'epoch', ARGV[1]}}
+      for f = 1, math.min(#found[1][2], 64) do copy[#copy + 1] = found[1][2][f] end
+      redis.call('XADD', KEYS[4], 'MAXLEN', '~', {DEAD_MAXLEN}, '*', unpack(copy))
+      redis.call('HINCRBY', KEYS[3], 'dead', 1)
+      -- What no producer of ours put was never counted as submitted.
+      if not redis.call('ZSCORE', KEYS[5], id) then outcome, kind = '', 'foreign' end
+    end
+  end
+  redis.call('XACK', KEYS[2], 'learner', entry)
+  if redis.call('XDEL', KEYS[2], entry) == 1 then
+    redis.call('HINCRBY', KEYS[3], 'bytes', -tonumber(ARGV[i + 3]))
+    if ARGV[i + 4] == '1' then redis.call('DEL', ARGV[2] .. id) end
+    if kind == 'c' then redis.call('HINCRBY', KEYS[3], 'committed_groups', 1) end
+    if outcome ~= '' then redis.call('HINCRBY', KEYS[3], 'outcome:' .. outcome, 1) end
+  end
+end
+return {{'OK', redis.call('HGET', KEYS[3], 'committed_groups') or '0'}}
+"""
+)
+
+BLAME: Final = (
+    _ALLOW_OOM
+    + _FENCED
+    + """
+-- KEYS fence traj | ARGV epoch consumer entries..
+for i = 3, #ARGV do
+  local pending = redis.call('XPENDING', KEYS[2], 'learner', ARGV[i], ARGV[i], 1)
+  if pending[1] then
+    redis.call('XCLAIM', KEYS[2], 'learner', ARGV[2], 0, ARGV[i], 'RETRYCOUNT', pending[1][4] + 1, 'JUSTID')
+  end
+end
+return {'OK', '0'}
+"""
+)
+
+PUBLISH: Final = (
+    _ALLOW_OOM
+    + _FENCED
+    + """
+-- KEYS fence progress policy | ARGV epoch consumed_groups version (field value)..
+redis.call('HSET', KEYS[2], 'run_epoch', ARGV[1], 'consumed_groups', ARGV[2], 'version', ARGV[3])
+redis.call('HSET', KEYS[3], unpack(ARGV, 4))
+return {'OK', '0'}
+"""
+)
+
+REPORT: Final = (
+    _ALLOW_OOM
+    + _FENCED
+    + """
+-- KEYS fence progress | ARGV epoch consumed_groups
+redis.call('HSET', KEYS[2], 'run_epoch', ARGV[1], 'consumed_groups', ARGV[2])
+return {'OK', '0'}
+"""
+)
+
+FINGERPRINT: Final = (
+    _ALLOW_OOM
+    + """
+-- KEYS fingerprint | ARGV (field value).. ; the first writer of a field wins, everybody reads the result
+local stored = {}
+for i = 1, #ARGV, 2 do
+  redis.call('HSETNX', KEYS[1], ARGV[i], ARGV[i + 1])
+  stored[#stored + 1] = redis.call('HGET', KEYS[1], ARGV[i])
+end
+return stored
+"""
+)
