@@ -64,9 +64,7 @@ def grpo(
     ``group_of_one="raw"`` keeps the reference's behaviour for a lone trajectory; ``"zero"`` is better (see ``GroupOfOne``).
     """
     scores = masked_sum(rewards, mask, dim=-1)
-    per_row = _grpo_scores(
-        scores, groups, normalize_by_std=normalize_by_std, epsilon=epsilon, group_of_one=group_of_one
-    )
+    per_row = _grpo_scores(scores, groups, normalize_by_std=normalize_by_std, epsilon=epsilon, group_of_one=group_of_one)
     advantages = broadcast_to_tokens(per_row, mask)
     return advantages, advantages
 

@@ -28,9 +28,7 @@ def _per_turn(rewards: Tensor, mask: Tensor, turn_ids: Tensor) -> tuple[Tensor, 
     return sums, present, turns
 
 
-def _standardise(
-    values: Tensor, present: Tensor, groups: Groups, *, normalize_by_std: bool, epsilon: float
-) -> Tensor:
+def _standardise(values: Tensor, present: Tensor, groups: Groups, *, normalize_by_std: bool, epsilon: float) -> Tensor:
     """Against the siblings that have this column, [B, K]; 0 with fewer than two of them."""
     there = present.to(values.dtype)
     count = groups.sum(there)
