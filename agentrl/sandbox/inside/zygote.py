@@ -1,0 +1,298 @@
+"""The fork server: started once, warm, inside its own namespaces; every run is a fork of it.
+
+Launched as its own program. The launcher leaves the host's namespaces, forks, and from then on only watches: when the
+service's end of its stdin closes, it kills the fork server, and with that (pid 1 of its namespace) everything inside.
+The fork server talks to the service over one SOCK_SEQPACKET socket: requests with descriptors in, outcomes out.
+"""
+
+import gc
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from . import child, jail, landlock, linux, seccomp
+
+WATCHDOG_INTERVAL_S = 0.05
+_WARM_UP = {
+    "numpy": "import numpy, numpy.random, numpy.linalg\nnumpy.linalg.det(numpy.eye(3))",
+    "sympy": (
+        "import sympy\nx = sympy.Symbol('x')\nsympy.solve(x**2 - 1, x)\n"
+        "sympy.integrate(x * sympy.exp(x), x)\nsympy.simplify((x**2 - 1) / (x - 1))\nstr(sympy.Rational(1, 3))"
+    ),
+}
+
+
+@dataclass(slots=True)
+class _Run:
+    id: int
+    pid: int
+    pidfd: int
+    started: float
+    wall_s: float
+    cpu_s: float
+    memory_bytes: int
+    killed: str = ""
+
+
+def main() -> NoReturn:
+    """Entry of the program. argv[1] is the JSON configuration, fd ``control_fd`` the socket to the service."""
+    config = json.loads(sys.argv[1])
+    control = socket.socket(fileno=config["control_fd"])
+    try:
+        if not seccomp.supported():
+            raise OSError(f"no seccomp table for {os.uname().machine}; supported: {', '.join(seccomp.SUPPORTED_MACHINES)}")
+        if config["tier"] == "zygote":
+            jail.enter_namespaces(user=config["user_namespace"])
+        pid = os.fork()
+    except OSError as error:
+        control.send(json.dumps({"op": "fatal", "error": str(error)}).encode())
+        os._exit(1)
+    if pid == 0:
+        _serve(control, config)
+    control.close()
+    _watch(pid)
+
+
+def _watch(pid: int) -> NoReturn:
+    """Kill the fork server when the service goes away, also when it is wedged; end when it ends."""
+    pidfd = os.pidfd_open(pid)
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    poll.register(0, select.POLLIN | select.POLLHUP)
+    ready = dict(poll.poll())
+    if pidfd not in ready:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    os._exit(0)
+
+
+def _serve(control: socket.socket, config: dict[str, Any]) -> NoReturn:
+    linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+    null = os.open("/dev/null", os.O_RDWR)
+    os.dup2(null, 0)
+    os.close(null)
+    try:
+        server = Zygote(control, config)
+        server.prepare()
+        server.loop()
+    except BaseException as error:  # noqa: BLE001 - the edge of this process
+        control.send(json.dumps({"op": "fatal", "error": f"{type(error).__name__}: {error}"[:4000]}).encode())
+        os._exit(1)
+    os._exit(0)
+
+
+class Zygote:
+    """The single-threaded loop: start runs, enforce wall time and memory, report how they ended."""
+
+    def __init__(self, control: socket.socket, config: dict[str, Any]) -> None:
+        self._control = control
+        self._config = config
+        self._runs: dict[int, _Run] = {}  # by pidfd
+        self._ruleset: int | None = None
+        self._pid_namespace = -1
+        self._epoll = select.epoll()
+        self._own_arguments = 0
+        self._own_anonymous = 0
+        self._address_space = 0
+        self._page = os.sysconf("SC_PAGE_SIZE")
+
+    def prepare(self) -> None:
+        """Build the root, import what was asked for, and say hello."""
+        started = time.monotonic()
+        if self._config["tier"] == "zygote":
+            jail.build_root()
+            self._pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+        else:
+            self._ruleset = landlock.create_ruleset(jail.readable_paths(), jail.DEVICES)
+        missing = [name for name in self._config["preload"] if not _preload(name)]
+        gc.collect()
+        gc.freeze()
+        own = _process_memory("self", self._page)
+        self._own_arguments, self._own_anonymous = own if own else (0, 0)
+        with open("/proc/self/statm") as file:
+            self._address_space = int(file.read().split()[0]) * self._page
+        hello = {
+            "op": "hello",
+            "missing": missing,
+            "landlock_abi": landlock.abi(),
+            "address_space_bytes": self._address_space,
+            "boot_s": round(time.monotonic() - started, 4),
+        }
+        self._control.send(json.dumps(hello).encode())
+
+    def loop(self) -> None:
+        """Serve until the service closes its end."""
+        self._epoll.register(self._control.fileno(), select.EPOLLIN)
+        while True:
+            for fd, _ in self._epoll.poll(self._next_wakeup()):
+                if fd != self._control.fileno():
+                    self._finish(fd)
+                elif not self._receive():
+                    return
+            self._enforce()
+
+    def _next_wakeup(self) -> float:
+        if not self._runs:
+            return -1
+        deadline = min(run.started + run.wall_s for run in self._runs.values()) - time.monotonic()
+        return max(0.0, min(deadline, WATCHDOG_INTERVAL_S))
+
+    def _receive(self) -> bool:
+        try:
+            message, fds, _, _ = socket.recv_fds(self._control, 65536, 8)
+        except ConnectionError:
+            return False
+        if not message:
+            return False
+        request = json.loads(message)
+        if request["op"] == "run":
+            self._start(request, fds)
+        elif request["op"] == "kill":
+            for run in self._runs.values():
+                if run.id == request["id"]:
+                    self._kill(run, request["reason"])
+        return True
+
+    def _start(self, request: dict[str, Any], fds: list[int]) -> None:
+        request["address_space_bytes"] = self._address_space + request["memory_bytes"]
+        try:
+            pid = self._fork(request, fds)
+        except OSError as error:
+            self._send({"op": "done", "id": request["id"], "error": f"fork: {error}"})
+            return
+        finally:
+            for fd in fds:
+                os.close(fd)
+        run = _Run(
+            id=request["id"],
+            pid=pid,
+            pidfd=os.pidfd_open(pid),
+            started=time.monotonic(),
+            wall_s=request["wall_s"],
+            cpu_s=request["cpu_s"],
+            memory_bytes=request["memory_bytes"],
+        )
+        self._runs[run.pidfd] = run
+        self._epoll.register(run.pidfd, select.EPOLLIN)
+
+    def _fork(self, request: dict[str, Any], fds: list[int]) -> int:
+        nested = self._pid_namespace >= 0
+        if nested:
+            linux.unshare(linux.CLONE_NEWPID)
+        try:
+            pid = os.fork()
+            if pid == 0:
+                self._control.detach()
+                child.run(request, fds, self._config, self._ruleset)
+            return pid
+        finally:
+            # A second unshare fails until the process has returned to its own pid namespace.
+            if nested:
+                linux.setns(self._pid_namespace, linux.CLONE_NEWPID)
+
+    def _finish(self, pidfd: int) -> None:
+        run = self._runs.pop(pidfd)
+        self._epoll.unregister(pidfd)
+        os.close(pidfd)
+        _, status, usage = os.wait4(run.pid, 0)
+        code = os.waitstatus_to_exitcode(status)
+        cpu_s = usage.ru_utime + usage.ru_stime
+        self._send(
+            {
+                "op": "done",
+                "id": run.id,
+                "code": code,
+                "reason": run.killed or _reason(code, cpu_s, run.cpu_s),
+                "wall_s": round(time.monotonic() - run.started, 6),
+                "cpu_s": round(cpu_s, 6),
+                "max_rss_kb": usage.ru_maxrss,
+            }
+        )
+
+    def _send(self, message: dict[str, Any]) -> None:
+        self._control.send(json.dumps(message).encode())
+
+    def _kill(self, run: _Run, reason: str) -> None:
+        run.killed = run.killed or reason
+        # pid 1 of the run's namespace: the kernel kills the rest with it.
+        signal.pidfd_send_signal(run.pidfd, signal.SIGKILL)
+
+    def _enforce(self) -> None:
+        now = time.monotonic()
+        for run in self._runs.values():
+            if now >= run.started + run.wall_s:
+                self._kill(run, "wall")
+        watched = [run for run in self._runs.values() if now - run.started >= WATCHDOG_INTERVAL_S]
+        if watched and self._ruleset is None:
+            self._enforce_memory(watched)
+
+    def _enforce_memory(self, watched: list[_Run]) -> None:
+        """Kill runs whose processes together hold more private memory than the limit; RLIMIT_AS bounds only each alone."""
+        parents: dict[int, int] = {}
+        private: dict[int, int] = {}
+        for name in os.listdir("/proc"):
+            if not name.isdecimal():
+                continue
+            memory = _process_memory(name, self._page)
+            parent = _parent(name)
+            if memory is None or parent is None:
+                continue
+            arguments, anonymous = memory
+            # Same argument area as ours: forked and never exec'ed, so our own pages are in its count but shared.
+            shared = self._own_anonymous if arguments and arguments == self._own_arguments else 0
+            parents[int(name)] = parent
+            private[int(name)] = max(0, anonymous - shared)
+        totals: dict[int, int] = {}
+        for pid, size in private.items():
+            root = pid
+            while parents.get(root, 1) != 1:
+                root = parents[root]
+            totals[root] = totals.get(root, 0) + size
+        for run in watched:
+            if totals.get(run.pid, 0) > run.memory_bytes:
+                self._kill(run, "memory")
+
+
+def _reason(code: int, cpu_s: float, cpu_limit_s: float) -> str:
+    if code == -signal.SIGKILL and cpu_s >= cpu_limit_s - 0.1:
+        return "cpu"
+    if code < 0:
+        return "signal"
+    return "exit" if code else "ok"
+
+
+def _process_memory(name: str, page: int) -> tuple[int, int] | None:
+    """(address of the argument area, anonymous resident bytes) of a process, or None when it is gone."""
+    try:
+        with open(f"/proc/{name}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+        with open(f"/proc/{name}/statm", "rb") as file:
+            _, resident, shared = file.read().split()[:3]
+    except (OSError, ValueError):
+        return None
+    return int(fields[45]), (int(resident) - int(shared)) * page
+
+
+def _parent(name: str) -> int | None:
+    try:
+        with open(f"/proc/{name}/stat", "rb") as file:
+            return int(file.read().rpartition(b")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _preload(name: str) -> bool:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return False
+    if name in _WARM_UP:
+        exec(compile(_WARM_UP[name], f"warm-up of {name}", "exec"), {"__name__": "warm_up"})
+    return True

@@ -1,0 +1,123 @@
+"""A real sandbox service in its own process, with a secret in its environment, for the sandbox's integration tests."""
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+_SERVE = "import json, sys; from agentrl.sandbox.app import serve; serve(**json.loads(sys.argv[1]))"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """One HTTP answer."""
+
+    status: int
+    headers: dict[str, str]
+    body: Any
+
+
+@dataclass(slots=True, kw_only=True)
+class Service:
+    """A running service."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    secret: str
+    headers: dict[str, str] = field(default_factory=dict[str, str])
+
+    def request(self, path: str, data: bytes | None = None, timeout_s: float = 60.0) -> Answer:
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"} | self.headers)
+        try:
+            with urllib.request.urlopen(request, timeout=timeout_s) as response:
+                return _answer(response.status, dict(response.headers), response.read())
+        except urllib.error.HTTPError as error:
+            with error:
+                return _answer(error.code, dict(error.headers), error.read())
+
+    def run(self, code: str, **fields: Any) -> dict[str, Any]:
+        """The whole response to one program."""
+        answer = self.request("/run_code", json.dumps({"code": code, "language": "python"} | fields).encode())
+        assert answer.status == 200, answer
+        return answer.body
+
+    def stdout(self, code: str, **fields: Any) -> str:
+        """What a program that must succeed prints."""
+        response = self.run(code, **fields)
+        assert response["status"] == "Success", response
+        return response["run_result"]["stdout"]
+
+
+def _answer(status: int, headers: dict[str, str], raw: bytes) -> Answer:
+    try:
+        body: Any = json.loads(raw)
+    except ValueError:
+        body = raw.decode()
+    return Answer(status=status, headers={name.lower(): value for name, value in headers.items()}, body=body)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def running_service(*, command_prefix: list[str] | None = None, **options: Any) -> Generator[Service, None, None]:
+    """Start the service, wait until it is healthy, and end it with SIGTERM."""
+    secret, port = secrets.token_hex(16), free_port()
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "API_KEY": secret}
+    arguments = json.dumps({"host": "127.0.0.1", "port": port} | options)
+    process = subprocess.Popen(
+        [*(command_prefix or []), sys.executable, "-c", _SERVE, arguments], env=environment, cwd="/", stderr=subprocess.PIPE
+    )
+    service = Service(url=f"http://127.0.0.1:{port}", process=process, secret=secret)
+    if options.get("token"):
+        service.headers["Authorization"] = f"Bearer {options['token']}"
+    try:
+        _wait_until_healthy(service)
+        yield service
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        try:
+            process.communicate(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+
+
+def _wait_until_healthy(service: Service) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if service.process.poll() is not None:
+            assert service.process.stderr is not None
+            raise RuntimeError(service.process.stderr.read().decode())
+        try:
+            if service.request("/health", timeout_s=5).status == 200:
+                return
+        except OSError:
+            pass
+        time.sleep(0.05)
+    raise RuntimeError("the service did not become healthy within 60 s")
+
+
+def tier_is_available(tier: str) -> str | None:
+    """None, or why this machine cannot give the tier: the service's own words."""
+    try:
+        with running_service(tier=tier):
+            return None
+    except RuntimeError as error:
+        return str(error).strip().splitlines()[-1][:300]
