@@ -141,7 +141,7 @@ class ContinuousBatch:
         self._install_overrides()
 
     def _install_overrides(self) -> None:
-        search, register = self._cache.search_prefix_match, self._cache.mark_complete_blocks
+        search = self._cache.search_prefix_match
 
         def search_prefix_match(request_id: str, prompt_ids: list[int]) -> int:
             """Called whenever a request is (re-)prefilled from its first token: its cache begins here."""
@@ -151,8 +151,10 @@ class ContinuousBatch:
             return matched
 
         def mark_complete_blocks(state: Any, complete_blocks: dict[str, int]) -> None:
-            if self._kv_epoch.get(state.request_id) == self._epoch:
-                register(state, complete_blocks)
+            """The library's, but also for a request's last step: its blocks are what the next turn starts from."""
+            if complete_blocks and self._kv_epoch.get(state.request_id) == self._epoch:
+                (count,) = complete_blocks.values()
+                self._allocator.mark_complete_blocks(state.request_id, state.initial_tokens + state.generated_tokens, count)
 
         self._cache.search_prefix_match = search_prefix_match
         self._cache.mark_complete_blocks = mark_complete_blocks
@@ -374,6 +376,7 @@ def check_internals() -> None:
         (scheduler.Scheduler, "clear_cancelled_requests", []),
         (cache.PagedAttentionCache, "search_prefix_match", ["request_id", "prompt_ids"]),
         (cache.PagedAttentionCache, "mark_complete_blocks", ["state", "complete_blocks"]),
+        (cache_allocator.CacheAllocator, "mark_complete_blocks", ["request_id", "token_ids", "new_new_blocks"]),
         (cache.PagedAttentionCache, "evict_cached_blocks", []),
         (cache.PagedAttentionCache, "compute_free_capacity", ["relative"]),
         (requests.RequestState, "create_equivalent_initial_request", []),

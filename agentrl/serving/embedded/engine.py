@@ -65,8 +65,9 @@ class Job:
 
     def weight_versions(self) -> list[dict[str, Any]]:
         """SGLang's spans: ``[{version, start, end}]`` over output tokens, end exclusive."""
-        ends = [start for _, start in self.spans[1:]] + [len(self.logprobs)]
-        return [{"version": v, "start": start, "end": end} for (v, start), end in zip(self.spans, ends, strict=True)]
+        spans = self.spans or [(self.version, 0)]
+        ends = [start for _, start in spans[1:]] + [len(self.logprobs)]
+        return [{"version": v, "start": start, "end": end} for (v, start), end in zip(spans, ends, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -445,5 +446,5 @@ def _natural_finish(job: Job, last: int) -> dict[str, Any]:
 
 
 def _checksum(tensor: Tensor) -> str:
-    data = tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy()
-    return hashlib.blake2b(memoryview(data), digest_size=8).hexdigest()
+    data = tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return hashlib.blake2b(data, digest_size=8).hexdigest()

@@ -217,7 +217,7 @@ def create_app(
             rid=rid,
             prompt=prompt,
             max_new_tokens=max_new_tokens,
-            stop_ids=tuple(params.stop_token_ids or ()) + (() if params.ignore_eos else eos_ids),
+            stop_ids=() if params.ignore_eos else (*(params.stop_token_ids or ()), *eos_ids),  # SGLang's: it overrules both
             sampling=_sampling(params),
             score_from=score_from,
             is_streamed=body.stream,

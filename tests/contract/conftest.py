@@ -1,0 +1,91 @@
+"""Servers, models and the table of rows at the end of the run."""
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from agentrl.testing.tiny_model import make_tiny_model
+from contract_api import Api
+from contract_reference import Reference
+from contract_servers import DIFFERENCES, SERVERS, Models, Server, Unavailable
+
+_outcomes: dict[str, dict[str, str]] = {}
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("models")
+    a, b = make_tiny_model(folder / "a", seed=0), make_tiny_model(folder / "b", seed=1)
+    wide = make_tiny_model(folder / "wide", hidden_size=96)
+    nan = make_tiny_model(folder / "nan", seed=2)
+    tensors = load_file(nan / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, nan / "model.safetensors")
+    return Models(a, b, wide, nan)
+
+
+@pytest.fixture(scope="session")
+def reference(models: Models) -> Reference:
+    return Reference({"v0": models.a, "v1": models.b})
+
+
+@pytest.fixture(scope="session", params=list(SERVERS))
+def server(request: pytest.FixtureRequest, models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with ExitStack() as stack:
+        try:
+            started = stack.enter_context(SERVERS[request.param](models.a, tmp_path_factory.mktemp("logs")))
+        except Unavailable as missing:
+            pytest.skip(str(missing))
+        yield started
+
+
+@pytest_asyncio.fixture
+async def api(server: Server, models: Models, request: pytest.FixtureRequest) -> AsyncIterator[Api]:
+    """A client of a server that is idle, not paused, and serves model a as v0."""
+    row = request.node.originalname
+    difference = DIFFERENCES.get((row, server.name))
+    if difference is not None and not difference.is_asserted:
+        pytest.skip(f"documented difference: {difference.what}")
+    async with Api.connect(server.url) as client:
+        await client.settle(models.a)
+        yield client
+        await client.settle(models.a)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    path, _, name = report.nodeid.rpartition("::")
+    if "tests/contract" not in path or "[" not in name:
+        return
+    row, _, parameters = name.rstrip("]").partition("[")
+    engine = next((part for part in parameters.split("-") if part in SERVERS), None)
+    if engine is None or (report.when != "call" and report.outcome == "passed"):
+        return
+    known = DIFFERENCES.get((row, engine))
+    outcome = {"passed": "ok", "failed": "FAILED", "skipped": "-"}[report.outcome]
+    if known is not None and outcome != "FAILED":
+        outcome = "differs" if outcome == "ok" or "documented difference" in str(report.longrepr) else outcome
+    cells = _outcomes.setdefault(row, {})
+    if cells.get(engine) != "FAILED":
+        cells[engine] = outcome
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if not _outcomes:
+        return
+    terminalreporter.section("engine contract")
+    width = max(len(row) for row in _outcomes)
+    terminalreporter.write_line(" | ".join(["row".ljust(width), *(name.ljust(8) for name in SERVERS)]))
+    notes: list[str] = []
+    for row, cells in _outcomes.items():
+        title = row.removeprefix("test_").replace("_", " ")
+        terminalreporter.write_line(" | ".join([title.ljust(width), *(cells.get(name, "").ljust(8) for name in SERVERS)]))
+        notes += [
+            f"{title}: {name} {DIFFERENCES[row, name].what}" for name, cell in cells.items() if cell == "differs"
+        ]
+    for note in notes:
+        terminalreporter.write_line(f"  differs: {note}")

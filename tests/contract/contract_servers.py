@@ -1,0 +1,153 @@
+"""The servers that the contract suite runs against. To add one, add a factory to `SERVERS`."""
+
+import contextlib
+import os
+import select
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+START_TIMEOUT_S = 150.0
+
+
+class Unavailable(Exception):
+    """This machine cannot run the server; the message says what is missing."""
+
+
+@dataclass(frozen=True)
+class Server:
+    name: str
+    url: str
+
+
+@dataclass(frozen=True)
+class Models:
+    """Checkpoints of one shape (a, b), and ones that must be refused."""
+
+    a: Path
+    b: Path
+    wide: Path
+    nan: Path
+
+
+@contextmanager
+def process(command: list[str], *, log: Path, env: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """Run a server for the length of the block, its stderr in ``log``, and end it by its own process group."""
+    with log.open("w") as stderr:
+        child = subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True
+        )
+    try:
+        yield child
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, 15)
+        try:
+            child.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, 9)
+            child.wait()
+        if child.stdout is not None:
+            child.stdout.close()
+
+
+@contextmanager
+def embedded(model: Path, folder: Path) -> Iterator[Server]:
+    """The embedded engine in a process of its own, as `serve` starts it."""
+    log = folder / "embedded.log"
+    command = [sys.executable, "-m", "agentrl.serving.embedded_engine", "--model-path", str(model), "--port", "0"]
+    command += ["--weight-version", "v0", "--seed", "0", "--parent-pid", str(os.getpid())]
+    with process(command, log=log, env={**os.environ, "OMP_NUM_THREADS": "1"}) as child:
+        assert child.stdout is not None
+        readable, _, _ = select.select([child.stdout], [], [], START_TIMEOUT_S)
+        line = child.stdout.readline() if readable else ""
+        if not line.startswith("LISTENING "):
+            raise AssertionError(f"embedded engine said {line!r} instead of LISTENING:\n{log.read_text()[-2000:]}")
+        yield Server("embedded", line.split()[1])
+
+
+@contextmanager
+def sglang(model: Path, folder: Path) -> Iterator[Server]:
+    """A real SGLang from the rig's environment, named by ``AGENTRL_SGLANG_VENV``."""
+    venv = os.environ.get("AGENTRL_SGLANG_VENV")
+    if not venv:
+        raise Unavailable("AGENTRL_SGLANG_VENV is not set; tests/rigs/sglang/install.sh makes the environment")
+    log = folder / "sglang.log"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    # With the overlap scheduler the first token of a new version span is still the old weights' (see DIFFERENCES).
+    flags = ["--weight-version", "v0", "--skip-tokenizer-init", "--disable-overlap-schedule", "--log-level", "warning"]
+    command = [str(ROOT / "tests/rigs/sglang/serve.sh"), str(Path(venv).resolve()), str(model), str(port), *flags]
+    url = f"http://127.0.0.1:{port}"
+    with process(command, log=log, env={**os.environ, "OMP_NUM_THREADS": "1"}) as child:
+        give_up = time.monotonic() + START_TIMEOUT_S
+        while not _is_ready(url):
+            if child.poll() is not None or time.monotonic() > give_up:
+                raise AssertionError(f"SGLang did not start (exit code {child.poll()}):\n{log.read_text()[-3000:]}")
+            time.sleep(0.5)
+        yield Server("sglang", url)
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/ready", timeout=2) as answer:
+            return answer.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+SERVERS: dict[str, Callable[[Path, Path], AbstractContextManager[Server]]] = {
+    "embedded": embedded,
+    "sglang": sglang,
+}
+"""Name -> factory(model directory, folder for logs). A factory may raise `Unavailable`."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where a server is known to behave otherwise, and what follows for its clients."""
+
+    what: str
+    is_asserted: bool
+    """Whether the test asserts the other behaviour; if not it is not run, because it would kill or wedge the server."""
+
+
+DIFFERENCES: dict[tuple[str, str], Difference] = {
+    ("test_id_outside_the_vocabulary_is_refused", "sglang"): Difference(
+        "the server process dies (IndexError in the embedding): clients check ids", is_asserted=False
+    ),
+    ("test_checkpoint_of_another_shape_is_refused_and_the_old_weights_serve_on", "sglang"): Difference(
+        "the server process dies: check shapes before an update", is_asserted=False
+    ),
+    ("test_checkpoint_with_nan_is_refused_and_the_old_weights_serve_on", "sglang"): Difference(
+        "it loads NaN without a word: check before an update", is_asserted=False
+    ),
+    ("test_abort_reaches_a_request_that_a_pause_holds", "sglang"): Difference(
+        "the abort is lost and later ones are ignored: close the connection instead", is_asserted=False
+    ),
+    ("test_digest_of_the_weights_is_reported_and_a_wrong_one_refused", "sglang"): Difference(
+        "no digest in /model_info, expected_digest is ignored: compare /weights_checker", is_asserted=True
+    ),
+    ("test_no_request_reuses_cache_of_older_weights_after_an_update_in_place", "sglang"): Difference(
+        "its prefix cache keeps the old weights' keys and values, and new requests and next turns use them: "
+        "send extra_key=<weight version>, or update under a retract pause, which flushes",
+        is_asserted=True,
+    ),
+    ("test_update_that_must_flush_under_in_place_is_answered_400", "sglang"): Difference(
+        "answers 400 although the weights have changed: always send flush_cache=false in place", is_asserted=True
+    ),
+    ("test_update_in_place_keeps_the_request_and_marks_the_token_where_versions_change", "sglang"): Difference(
+        "with the overlap scheduler (its default) the boundary is one token early; the suite turns it off", is_asserted=True
+    ),
+    ("test_update_without_a_pause_keeps_every_token_true_to_its_version", "sglang"): Difference(
+        "waits until running requests have finished, so one span each; the embedded engine re-prefills them", is_asserted=True
+    ),
+}
