@@ -1,0 +1,338 @@
+"""Checkpoints: written new, synced, renamed; then `latest` moves. Killed at any moment, a loadable `latest` remains.
+
+``checkpoints/step_N/`` holds, besides a plain Hugging Face directory at its root:
+
+* ``dcp/``: sharded weights and optimizer (torch DCP), loadable on any number of ranks;
+* ``trained_ids.jsonl``: one line per trajectory whose effect these weights contain, since the start of the run;
+* ``ledger.jsonl``: the outcome of everything consumed, also what was filtered, stale or failed;
+* ``state.json``: version, counters, random state, the loop's own state, and the size of every file (the torn-write check).
+"""
+
+import base64
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from agentrl.errors import CheckpointError
+from agentrl.learner.distributed import Team
+from agentrl.learner.durable import point_link, replace_directory, sync_tree
+from agentrl.learner.learner import Learner
+from agentrl.learner.model import link_or_copy
+
+logger = logging.getLogger(__name__)
+
+SCHEMA = 1
+STATE_FILE = "state.json"
+TRAINED_FILE = "trained_ids.jsonl"
+LEDGER_FILE = "ledger.jsonl"
+LATEST = "latest"
+_STEP = re.compile(r"step_(\d+)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Consumed:
+    """How one trajectory ended, as the checkpoint remembers it."""
+
+    id: str
+    step: int
+    outcome: str
+    digest: str = ""
+    """Of what was trained on; empty when nothing came."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedCheckpoint:
+    """What was restored."""
+
+    path: Path
+    step: int
+    state: Mapping[str, Any]
+    """What the loop had passed to `Checkpoints.save`."""
+    outcomes: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Trajectory id -> outcome, of everything consumed up to this checkpoint."""
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        directory: created when the first one is saved.
+        keep: complete checkpoints kept; the one that ``latest`` names is never removed.
+        on_stage: called with the name of each stage before it starts; for progress, and for tests that kill the process there.
+    """
+
+    def __init__(self, directory: str | Path, *, keep: int = 2, on_stage: Callable[[str], None] | None = None) -> None:
+        if keep < 2:
+            raise ValueError(f"keep={keep} checkpoints is too few: a damaged newest one would leave nothing. Use 2 or more.")
+        self.directory = Path(directory).absolute()
+        self._keep = keep
+        self._on_stage = on_stage or _ignore
+        self._parent: Path | None = None
+
+    def save(
+        self,
+        learner: Learner,
+        *,
+        step: int,
+        state: Mapping[str, Any],
+        consumed: Iterable[Consumed] = (),
+        weights_from: str | Path | None = None,
+    ) -> Path:
+        """Write ``step_N`` and move ``latest`` to it; a collective. Durable when it returns.
+
+        Args:
+            step: N; a directory of that name from an abandoned lineage is replaced.
+            state: the loop's own state (JSON values), returned by `load`.
+            consumed: what was consumed since the checkpoint that this object saved or loaded before.
+            weights_from: a published snapshot of exactly these weights, whose files are linked instead of gathered again.
+
+        Raises:
+            CheckpointError: the directory cannot be written.
+        """
+        team = learner.team
+        final, temporary = self.directory / f"step_{step}", self.directory / f".step_{step}.tmp"
+        if team.is_main:
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                for leftover in self.directory.glob(".*.tmp"):
+                    shutil.rmtree(leftover, ignore_errors=True)
+                temporary.mkdir()
+            except OSError as error:
+                raise CheckpointError(
+                    f"cannot write checkpoints under {self.directory}: {error}. Check space and rights."
+                ) from error
+        team.barrier()
+        self._on_stage("shards")
+        weights, optimizer = get_state_dict(learner.policy, learner.optimizer)
+        dcp.save({"model": weights, "optimizer": optimizer}, checkpoint_id=temporary / "dcp", no_dist=team.world_size == 1)
+        self._on_stage("weights")
+        if weights_from is None:
+            learner.export(temporary)
+        elif team.is_main:
+            for file in Path(weights_from).iterdir():
+                link_or_copy(file, temporary / file.name)
+        if team.is_main:
+            self._finish(learner, temporary, final, step=step, state=state, consumed=list(consumed))
+        self._parent = final
+        team.barrier()
+        return final
+
+    def load(self, learner: Learner, which: str | Path = "auto") -> LoadedCheckpoint | None:
+        """Restore weights, optimizer, version, counters and random state; a collective.
+
+        Args:
+            which: ``auto`` takes what ``latest`` names, or the newest complete one when that is damaged, or nothing on a fresh run;
+                ``disable`` restores nothing; anything else is the path of one checkpoint.
+
+        Raises:
+            CheckpointError: the named checkpoint is missing, torn, of an unknown schema, or of another model.
+        """
+        if str(which) == "disable":
+            return None
+        path = self._choose(learner.team, which)
+        if path is None:
+            return None
+        saved = read_state(path)
+        _restore_shards(learner, path)
+        learner.policy_version = int(saved["policy_version"])
+        learner.num_updates = int(saved["num_updates"])
+        learner.num_skipped_updates = int(saved["num_skipped_updates"])
+        torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(saved["rng"])), dtype=torch.uint8))
+        self._parent = path
+        logger.info("checkpoint loaded path=%s step=%d", path, saved["step"])
+        outcomes = {entry["id"]: entry["outcome"] for entry in read_jsonl(path / LEDGER_FILE)}
+        return LoadedCheckpoint(path=path, step=int(saved["step"]), state=saved["state"], outcomes=outcomes)
+
+    def latest(self) -> Path | None:
+        """The checkpoint that `load` with ``auto`` would take."""
+        return self._newest_complete()
+
+    def _choose(self, team: Team, which: str | Path) -> Path | None:
+        """Rank 0 looks; all ranks take what it found."""
+        if not team.is_main:
+            found = team.broadcast_json(None)
+            if "error" in found:
+                raise CheckpointError(found["error"])
+            return Path(found["path"]) if found["path"] else None
+        try:
+            path = self._newest_complete() if str(which) == "auto" else self._named(Path(which).absolute())
+        except CheckpointError as error:
+            team.broadcast_json({"error": str(error)})
+            raise
+        team.broadcast_json({"path": str(path) if path is not None else ""})
+        return path
+
+    def _named(self, path: Path) -> Path:
+        """A checkpoint that was asked for. One of this run becomes ``latest``: what follows it is another lineage now."""
+        fault = damage(path)
+        if fault is not None:
+            raise CheckpointError(f"checkpoint {path} cannot be loaded: {fault}. Name another one, or use resume=auto.")
+        if path.parent == self.directory and _STEP.fullmatch(path.name):
+            point_link(self.directory / LATEST, path.name)
+        return path
+
+    def _finish(
+        self, learner: Learner, temporary: Path, final: Path, *, step: int, state: Mapping[str, Any], consumed: Sequence[Consumed]
+    ) -> None:
+        self._on_stage("records")
+        parent = self._parent
+        self._extend(parent, temporary, TRAINED_FILE, [
+            {"step": c.step, "id": c.id, "digest": c.digest} for c in consumed if c.outcome == "trained"
+        ])  # fmt: skip
+        self._extend(parent, temporary, LEDGER_FILE, [
+            {"step": c.step, "id": c.id, "outcome": c.outcome} for c in consumed
+        ])  # fmt: skip
+        self._on_stage("state")
+        files = {str(f.relative_to(temporary)): f.stat().st_size for f in sorted(temporary.rglob("*")) if f.is_file()}
+        record = {
+            "schema": SCHEMA,
+            "step": step,
+            "policy_version": learner.policy_version,
+            "num_updates": learner.num_updates,
+            "num_skipped_updates": learner.num_skipped_updates,
+            "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
+            "parent": parent.name if parent is not None else None,
+            "state": dict(state),
+            "files": files,
+        }
+        (temporary / STATE_FILE).write_text(json.dumps(record))
+        self._on_stage("sync")
+        sync_tree(temporary)
+        if parent == final:
+            raise CheckpointError(f"{final} is the checkpoint this run continues; it cannot be written again.")
+        self._on_stage("rename")
+        # A directory of that name belongs to an abandoned lineage, since this one reaches the step only now.
+        replace_directory(temporary, final)
+        self._on_stage("latest")
+        point_link(self.directory / LATEST, final.name)
+        self._on_stage("prune")
+        self._prune(final)
+        logger.info("checkpoint saved path=%s", final)
+
+    def _extend(self, parent: Path | None, temporary: Path, name: str, entries: Sequence[Mapping[str, Any]]) -> None:
+        """The parent's lines and the new ones. Without new ones the two checkpoints share one file."""
+        target = temporary / name
+        before = parent / name if parent is not None else None
+        if before is not None and not entries:
+            link_or_copy(before, target)
+            return
+        if before is not None:
+            shutil.copyfile(before, target)
+        with target.open("a", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(entry) + "\n" for entry in entries)
+
+    def _prune(self, newest: Path) -> None:
+        """Keep the last ``keep`` complete ones of this lineage and what ``latest`` names."""
+        steps = sorted(_steps(self.directory), key=lambda p: p.stat().st_mtime_ns)
+        kept = {newest, *steps[-self._keep :]}
+        for old in steps:
+            if old not in kept:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def _newest_complete(self) -> Path | None:
+        link = self.directory / LATEST
+        candidates = sorted(_steps(self.directory), key=_step_number, reverse=True)
+        for torn in self.directory.glob(".*.tmp") if self.directory.is_dir() else ():
+            logger.warning("unfinished checkpoint ignored path=%s; the next save removes it", torn)
+        if link.is_symlink():
+            named = link.parent / os.readlink(link)
+            # What latest names comes first; a newer directory than that is one whose announcement never happened.
+            candidates = [named, *(c for c in candidates if c != named)]
+        for candidate in candidates:
+            fault = damage(candidate)
+            if fault is None:
+                return candidate
+            logger.warning("damaged checkpoint ignored path=%s: %s", candidate, fault)
+        if candidates:
+            raise CheckpointError(
+                f"none of the {len(candidates)} checkpoints under {self.directory} is complete (see the warnings). "
+                f"Restore one, or start anew with resume=disable."
+            )
+        return None
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint directory; None when it is complete."""
+    if not path.is_dir():
+        return "there is no such directory"
+    try:
+        saved = read_state(path)
+    except CheckpointError as error:
+        return str(error)
+    for name, size in saved["files"].items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes, not {size}"
+    return None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """``state.json`` of a checkpoint.
+
+    Raises:
+        CheckpointError: missing, not JSON, or of another schema.
+    """
+    try:
+        saved = json.loads((path / STATE_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{STATE_FILE} cannot be read ({error})") from error
+    if not isinstance(saved, dict) or saved.get("schema") != SCHEMA:
+        found = saved.get("schema") if isinstance(saved, dict) else None
+        raise CheckpointError(f"{STATE_FILE} has schema {found}, this version reads {SCHEMA}")
+    return saved
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file."""
+    with path.open(encoding="utf-8") as stream:
+        return [json.loads(line) for line in stream if line.strip()]
+
+
+def _restore_shards(learner: Learner, path: Path) -> None:
+    weights, optimizer = get_state_dict(learner.policy, learner.optimizer)
+    target = {"model": weights, "optimizer": optimizer}
+    reader = dcp.FileSystemReader(path / "dcp")
+    found: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    wrong: list[str] = []
+    for name, value in weights.items():
+        saved = found.get(f"model.{name}")
+        if saved is None:
+            wrong.append(f"{name} is not in the checkpoint")
+        elif tuple(saved.size) != tuple(value.shape):
+            wrong.append(f"{name} is {list(saved.size)} there and {list(value.shape)} here")
+    wrong += [f"{n.removeprefix('model.')} is only there" for n in found if n.startswith("model.") and n[6:] not in weights]
+    if wrong:
+        raise CheckpointError(
+            f"checkpoint {path} is of another model: {'; '.join(wrong[:3])}{f' and {len(wrong) - 3} more' if wrong[3:] else ''}. "
+            f"Use the model it was made with, or resume=disable."
+        )
+    settings = [{k: g[k] for k in ("betas", "eps", "weight_decay")} for g in learner.optimizer.param_groups]
+    dcp.load(target, storage_reader=reader, no_dist=learner.team.world_size == 1)
+    set_state_dict(learner.policy, learner.optimizer, model_state_dict=target["model"], optim_state_dict=target["optimizer"])
+    for group, setting in zip(learner.optimizer.param_groups, settings, strict=True):
+        group.update(setting)  # the moments are the checkpoint's, the settings are this run's
+
+
+def _steps(directory: Path) -> list[Path]:
+    return [p for p in directory.glob("step_*") if _STEP.fullmatch(p.name) and p.is_dir()] if directory.is_dir() else []
+
+
+def _step_number(path: Path) -> int:
+    match = _STEP.fullmatch(path.name)
+    return int(match.group(1)) if match else -1
+
+
+def _ignore(stage: str) -> None:
+    pass

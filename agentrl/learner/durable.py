@@ -1,0 +1,47 @@
+"""Files that survive a power cut, directories that appear whole or not at all."""
+
+import os
+import shutil
+from pathlib import Path
+
+
+def sync_file(path: Path) -> None:
+    """Force a file's bytes to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(directory: Path) -> None:
+    """Force a directory's files and names to the disk, deepest first."""
+    for root, _, files in os.walk(directory, topdown=False):
+        for name in files:
+            sync_file(Path(root, name))
+        sync_file(Path(root))
+
+
+def move_into_place(temporary: Path, final: Path) -> None:
+    """Give a finished, synced directory its name, durably."""
+    os.rename(temporary, final)
+    sync_file(final.parent)
+
+
+def point_link(link: Path, target_name: str) -> None:
+    """Make ``link`` a relative symlink to ``target_name``, atomically and durably."""
+    temporary = link.with_name(f".{link.name}.new")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target_name)
+    os.replace(temporary, link)
+    sync_file(link.parent)
+
+
+def replace_directory(temporary: Path, final: Path) -> None:
+    """As `move_into_place`, where an older directory may hold the name; it is moved aside first, then deleted."""
+    aside = final.with_name(f".{final.name}.old.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    if final.exists():
+        os.rename(final, aside)
+    move_into_place(temporary, final)
+    shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,309 @@
+"""The learner's process: batch -> step -> publish -> checkpoint -> acknowledge, until enough steps are done.
+
+It waits for one thing only, groups from the stream; a rollout that finishes unblocks it, and so does ``should_stop``. Groups
+are acknowledged behind the durable checkpoint that contains their effect (I3): killed anywhere, this process leaves the
+trained set of the surviving checkpoint equal to what was acknowledged or will be, once each, when it comes back.
+"""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, Protocol
+
+from agentrl.errors import StalledError
+from agentrl.learner.batching import BatchBuilder, StepBatch, trajectory_digest
+from agentrl.learner.checkpoint import Checkpoints, Consumed
+from agentrl.learner.learner import Learner
+from agentrl.learner.weight_publisher import WeightPublisher
+from agentrl.types import PolicyRecord, TrajectoryGroup
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.5
+"""How long one look at the stream may take; bounds the delay of a stop request."""
+
+FIRST_WAIT_REPORT_S = 10.0
+"""Quiet seconds before the first report; each further one waits twice as long."""
+
+WAIT_REASON = "group"
+
+
+class GroupSource(Protocol):
+    """Complete groups, each once per checkpoint lineage."""
+
+    def acquire(self) -> int:
+        """Become the stream's only learner; returns the run epoch, higher than any before."""
+        ...
+
+    def next_group(self, timeout_s: float) -> TrajectoryGroup | None:
+        """The next complete group, or None when none came in time. A redelivered group may come again."""
+        ...
+
+    def commit(self, groups: Sequence[TrajectoryGroup], outcomes: Mapping[str, str]) -> None:
+        """Acknowledge groups and record how each of their trajectories ended."""
+        ...
+
+    def report_progress(self, consumed_groups: int) -> None:
+        """Tell admission how many groups were consumed since the run began."""
+        ...
+
+
+def run_learning(
+    source: GroupSource | None,
+    batches: BatchBuilder,
+    learner: Learner,
+    checkpoints: Checkpoints,
+    publisher: WeightPublisher,
+    announce: Callable[[PolicyRecord, int], None],
+    *,
+    num_steps: int,
+    save_every: int,
+    ack_at: Literal["checkpoint", "step"] = "checkpoint",
+    on_step: Callable[[dict[str, float]], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    stall_timeout_s: float | None = None,
+    resume: str = "auto",
+    on_wait: Callable[[str, float], None] | None = None,
+) -> int:
+    """Learn until ``num_steps`` policy versions exist, or until asked to stop; call it on every rank.
+
+    Args:
+        source: of groups; only rank 0 reads it, the others may pass None.
+        announce: makes a policy record known to the servers, with the groups consumed so far.
+        num_steps: policy version at which the run is complete.
+        save_every: steps between checkpoints; one more is written at the end.
+        ack_at: ``checkpoint`` acknowledges behind the checkpoint (nothing lost, nothing twice; the stream must hold all entries of
+            an interval). ``step`` acknowledges after each step: a kill loses what was trained since the last checkpoint.
+        on_step: gets each step's metrics, after its publish and checkpoint.
+        should_stop: asked between steps and while waiting; True ends the run with a checkpoint.
+        stall_timeout_s: quiet seconds after which waiting for a group is an error; None waits for ever, and says so.
+        resume: see `Checkpoints.load`.
+        on_wait: told (``group``, quiet seconds) while waiting.
+
+    Returns:
+        The policy version reached.
+
+    Raises:
+        StalledError: no group came for ``stall_timeout_s``; what was learned is checkpointed first.
+        TrainingDiverged, CheckpointError, StreamError: from the parts; nothing is acknowledged then.
+    """
+    if not learner.team.is_main:
+        return _follow(learner, checkpoints, publisher, resume=resume)
+    if source is None:
+        raise ValueError("rank 0 must have a source of groups")
+    run = _Run(
+        source, batches, learner, checkpoints, publisher, announce,
+        ack_at=ack_at, should_stop=should_stop or _never, stall_timeout_s=stall_timeout_s, on_wait=on_wait or _ignore_wait,
+    )  # fmt: skip
+    run.start(resume)
+    try:
+        while learner.policy_version < num_steps:
+            with run.timed("wait"):
+                batch = run.next_batch()
+            if batch is None:
+                break
+            metrics = run.learn(batch)
+            if learner.policy_version % save_every == 0:
+                run.checkpoint()
+            if on_step is not None:
+                on_step(metrics | run.take_timings())
+    except StalledError:
+        run.finish()
+        raise
+    run.finish()
+    return learner.policy_version
+
+
+class _Run:
+    """Rank 0's side: what was consumed, what is still to be acknowledged."""
+
+    def __init__(
+        self,
+        source: GroupSource,
+        batches: BatchBuilder,
+        learner: Learner,
+        checkpoints: Checkpoints,
+        publisher: WeightPublisher,
+        announce: Callable[[PolicyRecord, int], None],
+        *,
+        ack_at: Literal["checkpoint", "step"],
+        should_stop: Callable[[], bool],
+        stall_timeout_s: float | None,
+        on_wait: Callable[[str, float], None],
+    ) -> None:
+        self._source, self._batches, self._learner = source, batches, learner
+        self._checkpoints, self._publisher, self._announce = checkpoints, publisher, announce
+        self._ack_at, self._should_stop = ack_at, should_stop
+        self._stall_timeout_s, self._on_wait = stall_timeout_s, on_wait
+        self._run_epoch = 0
+        self._consumed_groups = 0
+        self._totals = Counter[str]()
+        self._contained: Mapping[str, str] = {}
+        self._unsaved: list[Consumed] = []
+        self._unacknowledged: list[TrajectoryGroup] = []
+        self._outcomes: dict[str, str] = {}
+        self._saved_version = -1
+        self._record: PolicyRecord | None = None
+        self._timings: dict[str, float] = {}
+
+    def start(self, resume: str) -> None:
+        """Fence off an older learner, restore, and announce what is there before anything else."""
+        self._run_epoch = self._source.acquire()
+        loaded = self._checkpoints.load(self._learner, resume)
+        if loaded is not None:
+            self._consumed_groups = int(loaded.state["consumed_groups"])
+            self._totals = Counter(loaded.state["totals"])
+            self._contained = loaded.outcomes
+        self._saved_version = self._learner.policy_version
+        self._publish()
+
+    def next_batch(self) -> StepBatch | None:
+        """Collect groups until a batch is complete; None when asked to stop."""
+        version = self._learner.policy_version
+        quiet_since = time.monotonic()
+        next_report_s = FIRST_WAIT_REPORT_S
+        while not self._batches.is_full(version):
+            if self._should_stop():
+                return None
+            self._command("idle")
+            group = self._source.next_group(POLL_S)
+            if group is not None:
+                self._take(group)
+                quiet_since, next_report_s = time.monotonic(), FIRST_WAIT_REPORT_S
+                continue
+            quiet_s = time.monotonic() - quiet_since
+            self._on_wait(WAIT_REASON, quiet_s)
+            where = (
+                f"trainer waits: {WAIT_REASON} (step {version + 1}: {len(self._batches)} collected, "
+                f"{self._batches.groups_per_step} per step, nothing for {quiet_s:.0f} s)"
+            )
+            if self._stall_timeout_s is not None and quiet_s > self._stall_timeout_s:
+                raise StalledError(
+                    f"{where}; stall_timeout_s={self._stall_timeout_s:g} passed. Check that `agentrl serve` runs and is not at its "
+                    f"staleness bound."
+                )
+            if quiet_s > next_report_s:
+                logger.warning("%s", where)
+                next_report_s *= 2
+        if self._should_stop():
+            return None
+        return self._batches.build(version)
+
+    def learn(self, batch: StepBatch) -> dict[str, float]:
+        """One step, and its policy announced."""
+        self._command("step")
+        metrics = self._learner.step(batch)
+        self._account(batch, was_skipped=metrics.get("update/nonfinite", 0.0) >= 1.0)
+        self._source.report_progress(self._consumed_groups)
+        with self.timed("publish"):
+            self._publish()
+        if self._ack_at == "step":
+            self._acknowledge()
+        return metrics | {
+            "agentrl/groups/consumed_total": self._consumed_groups,
+            **{f"agentrl/trajectories/{cause}_total": float(n) for cause, n in sorted(self._totals.items())},
+        }
+
+    def checkpoint(self) -> None:
+        """Make everything learned durable, then acknowledge it."""
+        with self.timed("checkpoint"):
+            record = self._record
+            is_published = record is not None and record.version == self._learner.policy_version
+            self._command("save", step=self._learner.policy_version, is_published=is_published)
+            self._checkpoints.save(
+                self._learner,
+                step=self._learner.policy_version,
+                state={
+                    "consumed_groups": self._consumed_groups, "totals": dict(self._totals), "run_epoch": self._run_epoch,
+                },
+                consumed=self._unsaved,
+                weights_from=record.path if record is not None and is_published else None,
+            )  # fmt: skip
+            self._unsaved = []
+            self._saved_version = self._learner.policy_version
+            self._acknowledge()
+
+    def finish(self) -> None:
+        """Checkpoint what is not yet durable, and let the other ranks go. Collected groups stay on the stream."""
+        if self._learner.policy_version > self._saved_version:
+            self.checkpoint()
+        left = self._batches.take_collected()
+        if left:
+            logger.info("groups left on the stream for the next start: %d", len(left))
+        self._command("stop")
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._timings[f"timing_s/{name}"] = time.perf_counter() - started
+
+    def take_timings(self) -> dict[str, float]:
+        timings, self._timings = self._timings, {}
+        return timings
+
+    def _take(self, group: TrajectoryGroup) -> None:
+        """Keep a group for the batch, unless the checkpoint already contains it: a kill came between its save and its ack."""
+        ids = [*group.close.members, *group.close.failed]
+        if ids and all(i in self._contained for i in ids):
+            self._source.commit([group], {i: self._contained[i] for i in ids})
+            return
+        self._batches.add(group)
+
+    def _account(self, batch: StepBatch, *, was_skipped: bool) -> None:
+        outcomes = dict(batch.outcomes)
+        if was_skipped:
+            outcomes = {i: "failed:nonfinite_gradient" if o == "trained" else o for i, o in outcomes.items()}
+        digests = {t.id: trajectory_digest(t) for group in batch.groups for t in group}
+        step = self._learner.policy_version
+        self._unsaved += [Consumed(id=i, step=step, outcome=o, digest=digests.get(i, "")) for i, o in outcomes.items()]
+        self._totals.update(o.partition(":")[0] for o in outcomes.values())
+        self._consumed_groups += len(batch.groups)
+        self._unacknowledged += batch.groups
+        self._outcomes |= outcomes
+
+    def _acknowledge(self) -> None:
+        if self._unacknowledged:
+            self._source.commit(self._unacknowledged, self._outcomes)
+        self._unacknowledged, self._outcomes = [], {}
+
+    def _publish(self) -> None:
+        self._command("publish", run_epoch=self._run_epoch)
+        self._record = self._publisher.publish(self._learner, run_epoch=self._run_epoch)
+        self._announce(self._record, self._consumed_groups)
+
+    def _command(self, name: str, **arguments: Any) -> None:
+        """Tell the other ranks what comes; also the sign of life that keeps their collectives from timing out."""
+        if self._learner.team.world_size > 1:
+            self._learner.team.broadcast_json({"do": name, **arguments})
+
+
+def _follow(learner: Learner, checkpoints: Checkpoints, publisher: WeightPublisher, *, resume: str) -> int:
+    """The other ranks' side: take part in what rank 0 does."""
+    checkpoints.load(learner, resume)
+    while True:
+        command = learner.team.broadcast_json(None)
+        match command["do"]:
+            case "step":
+                learner.step(None)
+            case "publish":
+                publisher.publish(learner, run_epoch=command["run_epoch"])
+            case "save":
+                linked = publisher.directory if command["is_published"] else None
+                checkpoints.save(learner, step=command["step"], state={}, weights_from=linked)
+            case "stop":
+                return learner.policy_version
+            case _:
+                pass
+
+
+def _never() -> bool:
+    return False
+
+
+def _ignore_wait(reason: str, seconds: float) -> None:
+    pass

@@ -1,0 +1,264 @@
+"""The policy: load a Hugging Face causal LM, shard it with FSDP2, run packed rows through it, write it back as a directory.
+
+FSDP2 wraps every decoder layer and then the whole, for any world size including one, so that a laptop and a cluster run the
+same code. The LM head is applied inside `PolicyModel.forward`, only where a token's logprob is wanted.
+"""
+
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from agentrl.errors import ConfigError
+from agentrl.learner.attention import PACKED
+from agentrl.learner.distributed import Team
+from agentrl.learner.logprobs import predictor_index, token_logprobs
+from agentrl.learner.packing import PackedRow, pack_row
+
+logger = logging.getLogger(__name__)
+
+MAX_SHARD_BYTES = 5_000_000_000
+"""Weight files are split beyond this, as the Hub recommends."""
+
+PACKING_TOLERANCE = 1e-3
+"""Largest accepted difference of a logprob between packed and separate, in fp32; a missing block mask is off by more than 1."""
+PACKING_TOLERANCE_HALF = 0.25
+"""The same in bf16, whose logits carry about 8 bits."""
+
+# What transforms logits behind the LM head in some families; our chunked head would silently leave it out.
+_LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+STATIC_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.model")
+"""Files of a model directory that training never changes."""
+
+
+class PolicyModel(nn.Module):
+    """A causal LM that answers one question: how likely were these tokens? (Letters: N tokens in a row, M asked for.)"""
+
+    def __init__(self, hf: Any, *, temperature: float = 1.0, chunk_size: int = 1024) -> None:
+        super().__init__()
+        self.hf = hf
+        self.temperature = temperature
+        self.chunk_size = chunk_size
+
+    def forward(
+        self,
+        ids: Tensor,  # [N] int64
+        position_ids: Tensor,  # [N] int64, restarting at 0 for each sequence
+        cu_seqlens: Tensor,  # [S + 1] int32
+        max_length: int,
+        loss_positions: Tensor,  # [M] int64, tokens whose logprob is wanted; never a sequence's first
+        with_entropy: bool = True,
+    ) -> tuple[Tensor, Tensor]:  # [M] fp32, [M] fp32
+        # use_cache=False is load-bearing: with a cache transformers drops the sequence boundaries without a word.
+        packed = {"cu_seqlens": cu_seqlens, "max_length": max_length} if self.hf.config._attn_implementation == PACKED else {}
+        hidden = self.hf.base_model(
+            input_ids=ids[None], position_ids=position_ids[None], use_cache=False, **packed
+        ).last_hidden_state[0]
+        return token_logprobs(
+            hidden[predictor_index(loss_positions, position_ids)],
+            self.hf.get_output_embeddings().weight,
+            ids[loss_positions],
+            temperature=self.temperature,
+            chunk_size=self.chunk_size,
+            with_entropy=with_entropy,
+        )
+
+
+def load_policy(
+    path: str | Path,
+    team: Team,
+    *,
+    dtype: Literal["fp32", "bf16"] = "fp32",
+    temperature: float = 1.0,
+    chunk_size: int = 1024,
+    gradient_checkpointing: bool = False,
+    trainable: bool = True,
+) -> PolicyModel:
+    """Load and shard a policy; ``bf16`` computes in bf16 over fp32 master weights.
+
+    Args:
+        temperature: the sampler's, so that logprobs are of the same distribution.
+        chunk_size: tokens whose logits exist at a time.
+        gradient_checkpointing: keep only layer inputs and compute the rest again in backward.
+        trainable: False for a frozen reference model.
+
+    Raises:
+        ConfigError: the directory holds no causal LM, or one whose logits this learner would get wrong.
+    """
+    hf = _load_causal_lm(path)
+    if gradient_checkpointing:
+        hf.activation_checkpointing_enable({"use_reentrant": False})
+    _disable_dropout(hf)
+    if not trainable:
+        hf.requires_grad_(False)
+    policy = PolicyModel(hf, temperature=temperature, chunk_size=chunk_size)
+    policy.to(team.device)
+    policy.train()  # transformers checkpoints activations only in train mode
+    shard(policy, team, dtype=dtype)
+    return policy
+
+
+def shard(policy: PolicyModel, team: Team, *, dtype: Literal["fp32", "bf16"] = "fp32") -> None:
+    """FSDP2 over all ranks: one group of parameters per decoder layer, and one for the embeddings, norm and head."""
+    mesh = init_device_mesh(team.device.type, (team.world_size,))
+    precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if dtype == "bf16" else None
+    options: dict[str, Any] = {"mesh": mesh} | ({"mp_policy": precision} if precision else {})
+    for layer in getattr(policy.hf.base_model, "layers", ()):
+        fully_shard(layer, **options)
+    fully_shard(policy, **options)
+
+
+def run_row(
+    policy: PolicyModel, ids: Tensor, row: PackedRow, loss_positions: Tensor, *, with_entropy: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Logprobs and entropies [M] of a packed row's tokens at ``loss_positions`` [M]; ``ids`` [N] are the row's own."""
+    device = ids.device
+    return policy(
+        ids,
+        torch.from_numpy(row.position_ids).to(device),
+        torch.from_numpy(row.cu_seqlens).to(device),
+        row.max_length,
+        loss_positions,
+        with_entropy,
+    )
+
+
+def empty_pass(policy: PolicyModel, team: Team) -> Tensor:
+    """A pass that adds zero to the loss: FSDP's collectives need every rank in every micro-batch."""
+    ids = torch.zeros(2, dtype=torch.int64, device=team.device)
+    row = pack_row(np.array([0, 2]), [0])
+    return run_row(policy, ids, row, torch.ones(1, dtype=torch.int64, device=team.device))[0].sum() * 0.0
+
+
+def check_packing(policy: PolicyModel, team: Team, *, tolerance: float = PACKING_TOLERANCE) -> float:
+    """Run two short sequences packed and apart; returns the largest difference of a logprob.
+
+    Raises:
+        ConfigError: they differ, so this architecture looks across sequence boundaries and would train on wrong numbers.
+    """
+    vocab = int(policy.hf.config.get_text_config().vocab_size)
+    ids = torch.randint(0, vocab, (24,), generator=torch.Generator().manual_seed(0)).to(team.device)
+    offsets = np.array([0, 11, 24])
+    wanted = torch.tensor([*range(1, 11), *range(12, 24)], device=team.device)
+    with torch.no_grad():
+        packed = run_row(policy, ids, pack_row(offsets, [0, 1]), wanted, with_entropy=False)[0]
+        first = run_row(policy, ids[:11], pack_row(offsets[:2], [0]), wanted[:10], with_entropy=False)[0]
+        second = run_row(policy, ids[11:], pack_row(np.array([0, 13]), [0]), wanted[10:] - 11, with_entropy=False)[0]
+    difference = float((packed - torch.cat([first, second])).abs().max())
+    if not difference <= tolerance:
+        raise ConfigError(
+            f"{type(policy.hf).__name__}: packed and separate logprobs differ by {difference:.3g} (tolerance {tolerance:g}): its "
+            f"layers look across sequence boundaries. Use an architecture with plain causal attention."
+        )
+    return difference
+
+
+def full_state(policy: PolicyModel) -> dict[str, Tensor]:
+    """Gather the unsharded weights on rank 0's CPU under Hugging Face's names (empty on other ranks). A collective."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    gathered = cast("dict[str, Tensor]", get_model_state_dict(policy, options=options))
+    tied = _tied_keys(policy)
+    return {key: value for name, value in gathered.items() if (key := name.removeprefix("hf.")) not in tied}
+
+
+def write_hf_directory(
+    directory: Path, state: dict[str, Tensor], policy: PolicyModel, *, source: Path | None, dtype: Literal["fp32", "bf16"]
+) -> None:
+    """Write weights, config, and the tokenizer and chat template of ``source`` unchanged; any tool can load the result.
+
+    Nothing is made durable here: the caller syncs and renames.
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    directory.mkdir(parents=True, exist_ok=True)
+    kept = torch.bfloat16 if dtype == "bf16" else torch.float32
+    state = {name: value.to(kept).contiguous() if value.is_floating_point() else value for name, value in state.items()}
+    shards = split_torch_state_dict_into_shards(state, max_shard_size=MAX_SHARD_BYTES)
+    for filename, names in shards.filename_to_tensors.items():
+        save_file({name: state[name] for name in names}, str(directory / filename), metadata={"format": "pt"})
+    if shards.is_sharded:
+        import json
+
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
+    hf = policy.hf
+    config = hf.config.to_dict() | {"architectures": [type(hf).__name__], "dtype": "bfloat16" if dtype == "bf16" else "float32"}
+    type(hf.config)(**config).save_pretrained(directory)
+    if getattr(hf, "generation_config", None) is not None:
+        hf.generation_config.save_pretrained(directory)
+    if source is not None:
+        copy_static_files(source, directory)
+
+
+def copy_static_files(source: Path, directory: Path) -> None:
+    """Copy tokenizer and template files byte for byte."""
+    for pattern in STATIC_FILES:
+        for file in sorted(source.glob(pattern)):
+            target = directory / file.name
+            if file.is_file() and not target.exists():
+                shutil.copyfile(file, target)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A second name for an immutable file; a copy where the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _load_causal_lm(path: str | Path) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config: Any = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path={str(path)!r} holds no Hugging Face model that can be read: {error}") from error
+    for name in _LOGIT_TRANSFORMS:
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise ConfigError(
+                f"model.path={str(path)!r}: its {name}={getattr(config, name)} changes logits behind the LM head, which the "
+                f"chunked logprobs leave out. Use a model without it."
+            )
+    attention = PACKED if _is_plain_causal(config) else "sdpa"
+    hf: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention)
+    if getattr(hf.get_output_embeddings(), "bias", None) is not None:
+        raise ConfigError(f"model.path={str(path)!r}: its LM head has a bias, which the chunked logprobs leave out.")
+    return hf
+
+
+def _is_plain_causal(config: Any) -> bool:
+    """Whether every layer attends causally to everything before it, so that packed attention needs no mask."""
+    layers = getattr(config, "layer_types", None)
+    if layers is not None:
+        return all(kind == "full_attention" for kind in layers)
+    sliding = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    return sliding is None and config.model_type in ("llama", "qwen2", "qwen3", "mistral", "smollm3", "olmo2", "phi3")
+
+
+def _disable_dropout(hf: Any) -> None:
+    """With dropout the same weights would give another ratio than 1, so no policy trains with it."""
+    for module in hf.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def _tied_keys(policy: PolicyModel) -> set[str]:
+    """Names that share another name's storage; written once."""
+    hf = policy.hf
+    if not getattr(hf.config.get_text_config(), "tie_word_embeddings", False):
+        return set()
+    head = hf.get_output_embeddings()
+    return {f"{name}.weight" for name, module in hf.named_modules() if module is head}
