@@ -286,9 +286,7 @@ class EngineFleet:
                 f"time it {problem}. Read {engine.log_path}, which ends with:\n{_tail(engine.log_path)}"
             )
         wait_s = min(self._backoff_s * 2 ** (len(engine.deaths) - 1), self._max_backoff_s)
-        log.warning(
-            "engine died index=%d problem=%s restart_in_s=%g log=%s", engine.index, problem, wait_s, engine.log_path
-        )
+        log.warning("engine died index=%d problem=%s restart_in_s=%g log=%s", engine.index, problem, wait_s, engine.log_path)
         return wait_s
 
     async def _start(self, engine: _Engine) -> None:

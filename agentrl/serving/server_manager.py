@@ -19,10 +19,11 @@ import asyncio
 import logging
 import random
 from collections import Counter, OrderedDict, deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
+from collections.abc import Generator as Yields
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias
 from uuid import uuid4
 
 import aiohttp
@@ -30,180 +31,24 @@ import aiohttp
 from agentrl.errors import DeadlineExceeded, GenerationError, WeightSyncError
 from agentrl.protocols import Generator
 from agentrl.serving.routing import Candidate, Overload, choose_server
+from agentrl.serving.server_state import CircuitBreaker, Server, ServerState, ServerStats, Totals, Visit
 from agentrl.serving.sglang_client import EngineBusy, EngineRejected, EngineUnavailable, PartialGeneration, SGLangClient
 from agentrl.types import Generation, SamplingParams
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
 
 log = logging.getLogger(__name__)
 
 WaitReason: TypeAlias = Literal["server", "weights"]
-BreakerState: TypeAlias = Literal["closed", "open", "half_open"]
 
 NO_POLICY = "(no policy announced yet)"
 """A label that no server reports: requiring it parks every request until a policy is announced."""
 
-_LATENCY_WINDOW = 512
 _HOMES_KEPT = 100_000
 _RETRY_BACKOFF_S = 0.05
 _RETRY_BACKOFF_MAX_S = 2.0
 _EXPECTED_NEW_TOKENS = 256.0
 _EXPECTED_NEW_TOKENS_DECAY = 0.02
-_LABELS_KEPT = 64
 _LOOK_AGAIN_S = 1.0
 """A parked request looks again after this long even when nobody woke it: breakers recover by time alone."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerStats:
-    """One server as telemetry and ``doctor`` see it."""
-
-    url: str
-    state: Literal["ready", "updating", "quarantined", "draining", "unhealthy", "stale"]
-    """``stale`` is verified, but at a label other than the required one."""
-    version: str
-    """Last verified label; empty when quarantined or never verified."""
-    capacity: float
-    requests_in_flight: int
-    tokens_in_flight: int
-    cached_token_ratio: float
-    """Prompt tokens served from cache, of all prompt tokens."""
-    p50_ms: float
-    p99_ms: float
-    """Of the last 512 requests, whole request; nan before the first."""
-    breaker: BreakerState
-    requests_served: int
-    tokens_served: int
-    errors: int
-    version_mismatches: int
-    reason: str
-    """Why it is quarantined or unhealthy."""
-
-
-class CircuitBreaker:
-    """Stops sending to a server that keeps failing; lets one request through after a pause to see whether it recovered."""
-
-    def __init__(self, *, failures: int, reset_s: float, max_reset_s: float) -> None:
-        self._limit, self._reset_s, self._max_reset_s = failures, reset_s, max_reset_s
-        self._failures = 0
-        self._pause_s = reset_s
-        self._opened_at: float | None = None
-        self._probing = False
-
-    def state(self, now: float) -> BreakerState:
-        if self._opened_at is None:
-            return "closed"
-        return "half_open" if self._probing or now >= self._opened_at + self._pause_s else "open"
-
-    def allows(self, now: float) -> bool:
-        return self._opened_at is None or (not self._probing and now >= self._opened_at + self._pause_s)
-
-    def retry_in_s(self, now: float) -> float | None:
-        """Seconds until a half-open probe is allowed; None when time alone changes nothing."""
-        if self._opened_at is None or self._probing:
-            return None
-        return max(0.0, self._opened_at + self._pause_s - now)
-
-    def start(self) -> None:
-        """A request goes out."""
-        self._probing = self._opened_at is not None
-
-    def succeeded(self) -> None:
-        self._failures, self._pause_s, self._opened_at, self._probing = 0, self._reset_s, None, False
-
-    def failed(self, now: float) -> None:
-        self._failures += 1
-        if self._probing:
-            self._pause_s = min(self._pause_s * 2, self._max_reset_s)
-            self._opened_at, self._probing = now, False
-        elif self._opened_at is None and self._failures >= self._limit:
-            self._opened_at = now
-
-    def cancelled(self) -> None:
-        """A request ended without saying anything about the server."""
-        self._probing = False
-
-
-@dataclass(slots=True, eq=False)
-class _Visit:
-    """One request on one server."""
-
-    cost: int
-    started: float
-    label_mark: int
-    """Number of labels verified on the server before the current one."""
-    is_probe: bool
-    scope: asyncio.Timeout
-    piece: PartialGeneration = field(default_factory=PartialGeneration)
-    is_evicted: bool = False
-
-    def evict(self, now: float) -> None:
-        if not self.is_evicted and not self.scope.expired():
-            self.is_evicted = True
-            self.scope.reschedule(now)
-
-
-@dataclass(slots=True)
-class _Totals:
-    """Counters that survive a restart of the engine behind a url."""
-
-    requests: int = 0
-    tokens: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    errors: int = 0
-    mismatches: int = 0
-    ms: deque[float] = field(default_factory=lambda: deque[float](maxlen=_LATENCY_WINDOW))
-
-
-def _set_event() -> asyncio.Event:
-    event = asyncio.Event()
-    event.set()
-    return event
-
-
-@dataclass(slots=True, eq=False)
-class _Server:
-    """One incarnation of a server."""
-
-    client: SGLangClient
-    capacity: float
-    breaker: CircuitBreaker
-    totals: _Totals
-    incarnation: int
-    verified: str | None = None
-    installing: str | None = None
-    quarantine_reason: str = ""
-    unhealthy_reason: str = ""
-    is_draining: bool = False
-    is_gone: bool = False
-    failed_probes: int = 0
-    tokens_in_flight: int = 0
-    busy_until: float = 0.0
-    labels: list[str] = field(default_factory=list[str])
-    """Every label verified here, oldest first."""
-    num_labels_dropped: int = 0
-    visits: set[_Visit] = field(default_factory=set[_Visit])
-    idle: asyncio.Event = field(default_factory=_set_event)
-    """Set while no request is here."""
-
-    @property
-    def url(self) -> str:
-        return self.client.url
-
-    def label_mark(self) -> int:
-        return max(0, self.num_labels_dropped + len(self.labels) - 1)
-
-    def legal_labels(self, visit: _Visit) -> set[str]:
-        legal = set(self.labels[max(0, visit.label_mark - self.num_labels_dropped) :])
-        return legal | {self.installing} if self.installing is not None else legal
-
-    def remember(self, label: str) -> None:
-        self.labels.append(label)
-        if len(self.labels) > 2 * _LABELS_KEPT and not self.visits:
-            self.num_labels_dropped += len(self.labels) - _LABELS_KEPT
-            del self.labels[:-_LABELS_KEPT]
 
 
 @dataclass(slots=True)
@@ -300,7 +145,7 @@ class AsyncLLMServerManager(Generator):
         self._stall_timeout_s = stall_timeout_s
         self._stream_interval = stream_interval
         self._salt_cache = salt_cache_by_version
-        self._servers: dict[str, _Server] = {}
+        self._servers: dict[str, Server] = {}
         self._required: str | None = None
         self._also: frozenset[str] = frozenset()
         self._homes: OrderedDict[str, str] = OrderedDict()
@@ -333,9 +178,7 @@ class AsyncLLMServerManager(Generator):
         """The label that servers must be verified at; None admits any."""
         return self._required
 
-    def add_server(
-        self, url: str, *, capacity: float = 1.0, api_key: str | None = None, admin_key: str | None = None
-    ) -> None:
+    def add_server(self, url: str, *, capacity: float = 1.0, api_key: str | None = None, admin_key: str | None = None) -> None:
         """Add a server, or say that the engine behind a known url is a new process: it starts unverified.
 
         Requests in flight on the previous incarnation continue elsewhere with what they have.
@@ -355,11 +198,11 @@ class AsyncLLMServerManager(Generator):
             stall_timeout_s=self._stall_timeout_s,
         )
         self._incarnations += 1
-        self._servers[url] = _Server(
+        self._servers[url] = Server(
             client=client,
             capacity=capacity,
             breaker=self._new_breaker(),
-            totals=previous.totals if previous else _Totals(),
+            totals=previous.totals if previous else Totals(),
             incarnation=self._incarnations,
         )
         if previous is not None:
@@ -503,7 +346,7 @@ class AsyncLLMServerManager(Generator):
             if failure is not None:
                 await self._after_failure(server, call, failure)
 
-    async def _after_failure(self, server: _Server, call: _Call, failure: GenerationError) -> None:
+    async def _after_failure(self, server: Server, call: _Call, failure: GenerationError) -> None:
         call.failures += 1
         if call.failures >= self._max_attempts:
             raise GenerationError(
@@ -515,11 +358,11 @@ class AsyncLLMServerManager(Generator):
             call.avoid.clear()
             await asyncio.sleep(min(_RETRY_BACKOFF_S * 2**call.failures, _RETRY_BACKOFF_MAX_S))
 
-    async def _visit(self, server: _Server, call: _Call) -> GenerationError | None:
+    async def _visit(self, server: Server, call: _Call) -> GenerationError | None:
         """One request on one server; appends what may be kept to ``call.so_far``. Returns what went wrong, if anything."""
         loop = asyncio.get_running_loop()
         failure: GenerationError | None = None
-        visit: _Visit | None = None
+        visit: Visit | None = None
         # Only a server that was verified at the start has labels to hold it to.
         is_checked = server.verified is not None
         namespace = server.verified if self._salt_cache else None
@@ -569,7 +412,7 @@ class AsyncLLMServerManager(Generator):
         call.so_far.cached_tokens = cached
         return mismatch or failure
 
-    def _keep_legal(self, server: _Server, visit: _Visit, is_checked: bool) -> GenerationError | None:
+    def _keep_legal(self, server: Server, visit: Visit, is_checked: bool) -> GenerationError | None:
         """Cut the piece before its first illegal label; quarantine the server if it served unknown weights."""
         if not is_checked:
             return None
@@ -591,7 +434,7 @@ class AsyncLLMServerManager(Generator):
             self.quarantine(server.url, message)
         return EngineUnavailable(message)
 
-    def _count(self, server: _Server, visit: _Visit, now: float) -> None:
+    def _count(self, server: Server, visit: Visit, now: float) -> None:
         totals = server.totals
         totals.tokens += len(visit.piece)
         if visit.piece.finish is not None:
@@ -601,12 +444,12 @@ class AsyncLLMServerManager(Generator):
             totals.ms.append((now - visit.started) * 1e3)
 
     @asynccontextmanager
-    async def _on(self, server: _Server, call: _Call) -> "AsyncIterator[_Visit]":
+    async def _on(self, server: Server, call: _Call) -> AsyncGenerator[Visit, None]:
         """Account for a request as long as the block runs, and let the manager end it (``_evict``)."""
         loop = asyncio.get_running_loop()
         cost = self._cost(call)
         scope = asyncio.timeout(None)
-        visit = _Visit(
+        visit = Visit(
             cost=cost,
             started=loop.time(),
             label_mark=server.label_mark(),
@@ -634,7 +477,7 @@ class AsyncLLMServerManager(Generator):
             if self._max_requests is not None:
                 self._wake_one()
 
-    def _made_no_progress(self, server: _Server, visit: _Visit, now: float) -> bool:
+    def _made_no_progress(self, server: Server, visit: Visit, now: float) -> bool:
         """A request was given up after a good while in which the server delivered no token to anyone."""
         if server.installing is not None or now - visit.started < self._probe_timeout_s:
             return False
@@ -646,7 +489,7 @@ class AsyncLLMServerManager(Generator):
 
     # ---- routing
 
-    async def _acquire(self, call: _Call) -> _Server:
+    async def _acquire(self, call: _Call) -> Server:
         """Wait until a server may take the call, choose one and remember it as the trajectory's home."""
         while True:
             routable = self._routable()
@@ -658,7 +501,7 @@ class AsyncLLMServerManager(Generator):
             with self._counted_as_parked(reason):
                 await self._park(limit_s=min(self._next_retry_in_s() or _LOOK_AGAIN_S, _LOOK_AGAIN_S))
 
-    def _choose(self, servers: Sequence[_Server], call: _Call) -> _Server:
+    def _choose(self, servers: Sequence[Server], call: _Call) -> Server:
         group_key = f"group:{call.group_id}"
         home = self._homes.get(call.trajectory_id)
         prefix_tokens = len(call.ids) + len(call.so_far)
@@ -683,11 +526,11 @@ class AsyncLLMServerManager(Generator):
         while len(self._homes) > _HOMES_KEPT:
             self._homes.popitem(last=False)
 
-    def _routable(self) -> list[_Server]:
+    def _routable(self) -> list[Server]:
         now = asyncio.get_running_loop().time()
         return [server for server in self._servers.values() if self._is_routable(server, now)]
 
-    def _is_routable(self, server: _Server, now: float) -> bool:
+    def _is_routable(self, server: Server, now: float) -> bool:
         return (
             not server.is_draining
             and not server.unhealthy_reason
@@ -697,7 +540,7 @@ class AsyncLLMServerManager(Generator):
             and self._has_version(server)
         )
 
-    def _has_version(self, server: _Server) -> bool:
+    def _has_version(self, server: Server) -> bool:
         if server.quarantine_reason:
             return False
         if self._required is None:
@@ -757,19 +600,19 @@ class AsyncLLMServerManager(Generator):
             _resolve(future)
 
     @contextmanager
-    def _counted_as_parked(self, reason: WaitReason) -> Iterator[None]:
+    def _counted_as_parked(self, reason: WaitReason) -> Yields[None, None, None]:
         self._parked[reason] += 1
         try:
             yield
         finally:
             self._parked[reason] -= 1
 
-    def _evict(self, server: _Server) -> None:
+    def _evict(self, server: Server) -> None:
         now = asyncio.get_running_loop().time()
         for visit in list(server.visits):
             visit.evict(now)
 
-    def _leave(self, server: _Server) -> None:
+    def _leave(self, server: Server) -> None:
         server.is_gone = True
         self._evict(server)
 
@@ -783,7 +626,7 @@ class AsyncLLMServerManager(Generator):
                     group.create_task(self._probe(server))
             await asyncio.sleep(self._probe_every_s)
 
-    async def _probe(self, server: _Server) -> None:
+    async def _probe(self, server: Server) -> None:
         mark, verified = server.label_mark(), server.verified
         try:
             info = await server.client.model_info(timeout_s=self._probe_timeout_s)
@@ -832,7 +675,7 @@ class AsyncLLMServerManager(Generator):
         """Requests that no server may take at the moment."""
         return sum(self._parked.values())
 
-    def _stats_of(self, server: _Server) -> ServerStats:
+    def _stats_of(self, server: Server) -> ServerStats:
         totals = server.totals
         ms = sorted(totals.ms)
         return ServerStats(
@@ -853,7 +696,7 @@ class AsyncLLMServerManager(Generator):
             reason=server.quarantine_reason or server.unhealthy_reason,
         )
 
-    def _state_of(self, server: _Server) -> Literal["ready", "updating", "quarantined", "draining", "unhealthy", "stale"]:
+    def _state_of(self, server: Server) -> ServerState:
         if server.unhealthy_reason:
             return "unhealthy"
         if server.installing is not None:
@@ -866,7 +709,7 @@ class AsyncLLMServerManager(Generator):
 
     # ---- small things
 
-    def _server(self, url: str) -> _Server:
+    def _server(self, url: str) -> Server:
         server = self._servers.get(url.rstrip("/"))
         if server is None:
             raise KeyError(f"{url} is not among the {len(self._servers)} servers {self.urls}; add_server it first")

@@ -15,7 +15,7 @@ import asyncio
 import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import aiohttp
 import orjson
@@ -437,7 +437,7 @@ def _json_object(url: str, text: str) -> dict[str, Any]:
         raise WeightSyncError(f"{url} answered text that is not JSON: {text[:_ERROR_TEXT_LIMIT]!r}") from error
     if not isinstance(value, dict):
         raise WeightSyncError(f"{url} answered JSON that is not an object: {text[:_ERROR_TEXT_LIMIT]!r}")
-    return value  # pyright: ignore[reportUnknownVariableType]  # JSON objects have str keys
+    return cast("dict[str, Any]", value)
 
 
 def _refusal(url: str, status: int, text: str) -> GenerationError:
@@ -450,6 +450,6 @@ def _refusal(url: str, status: int, text: str) -> GenerationError:
 def _stream_error(url: str, error: object) -> GenerationError:
     if not isinstance(error, dict):
         return EngineUnavailable(f"{url} reported in its stream: {error}")
-    status: Any = error.get("code")  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]  # free JSON
-    message: Any = error.get("message")  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]  # free JSON
-    return _refusal(url, status if isinstance(status, int) else 500, str(message))
+    fields = cast("dict[str, Any]", error)
+    status = fields.get("code")
+    return _refusal(url, status if isinstance(status, int) else 500, str(fields.get("message")))

@@ -7,8 +7,11 @@ Without ``token_latency_s`` a generation is one chunk and no sleep: that is the 
     async with FakeSGLang(token_latency_s=0.001) as server:
         manager.add_server(server.url)
         server.crash_after(tokens=5)
+
+As a process of its own: ``python -m agentrl.testing.fake_sglang --port P --weight-version base``.
 """
 
+import argparse
 import asyncio
 import hashlib
 import os
@@ -77,7 +80,7 @@ class _Failure:
 
 
 class FakeSGLang:
-    """One fake server on a free port of 127.0.0.1, kept over ``kill`` and ``start``.
+    """One fake server on a port of 127.0.0.1, kept over ``kill`` and ``start``.
 
     Args:
         label: ``weight_version`` at every start.
@@ -86,6 +89,7 @@ class FakeSGLang:
         api_key, admin_key: as SGLang's; the admin key is then the only one for control calls.
         update_s: seconds that a weight update takes.
         reports_spans: whether the finished chunk has ``weight_versions``.
+        port: 0 takes a free one at the first start.
         check_path: refuse updates from a directory that does not exist, as SGLang does.
     """
 
@@ -100,6 +104,7 @@ class FakeSGLang:
         update_s: float = 0.0,
         reports_spans: bool = True,
         check_path: bool = True,
+        port: int = 0,
     ) -> None:
         self.base_label = label
         self.label = label
@@ -130,7 +135,7 @@ class FakeSGLang:
         self._failed_updates: deque[_Failure] = deque()
         self._prefixes: set[tuple[str, tuple[int, ...]]] = set()
         self._runner: web.AppRunner | None = None
-        self._port = 0
+        self._port = port
         self._transports: set[asyncio.Transport] = set()
 
     async def __aenter__(self) -> "FakeSGLang":
@@ -271,7 +276,7 @@ class FakeSGLang:
             if self._stalled:
                 await asyncio.Event().wait()
             return await (self._stream(request, live, crash_at) if body.get("stream") else self._answer(live))
-        except (asyncio.CancelledError, ConnectionError):
+        except asyncio.CancelledError:
             self.num_disconnects += 1
             raise
         finally:
@@ -299,6 +304,13 @@ class FakeSGLang:
 
     async def _stream(self, request: web.Request, live: _Live, crash_at: int | None) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        try:
+            await self._write_chunks(request, response, live, crash_at)
+        except ConnectionError:
+            self.num_disconnects += 1
+        return response
+
+    async def _write_chunks(self, request: web.Request, response: web.StreamResponse, live: _Live, crash_at: int | None) -> None:
         await response.prepare(request)
         while live.finish is None:
             await self._sample(live)
@@ -308,12 +320,11 @@ class FakeSGLang:
                 await asyncio.sleep(0.01)  # lets the written tokens leave before the reset
                 assert request.transport is not None
                 request.transport.abort()
-                return response
+                return
             if live.finish is None:
                 await response.write(b"data: " + orjson.dumps(self._chunk(live)) + b"\n\n")
         await response.write(b"data: " + orjson.dumps(self._chunk(live)) + b"\n\ndata: [DONE]\n\n")
         await response.write_eof()
-        return response
 
     async def _sample(self, live: _Live) -> None:
         """One token, or all of them when tokens take no time; held while paused."""
@@ -442,3 +453,22 @@ def _spans(labels: Sequence[str]) -> list[dict[str, Any]]:
 
 def _bad_request(message: str) -> web.Response:
     return web.json_response({"error": {"message": message}}, status=400)
+
+
+async def _serve(port: int, label: str, token_latency_s: float) -> None:
+    async with FakeSGLang(port=port, label=label, token_latency_s=token_latency_s):
+        await asyncio.get_running_loop().create_future()
+
+
+def main() -> None:
+    """Serve until killed. SGLang's other flags are accepted and ignored."""
+    parser = argparse.ArgumentParser(prog="python -m agentrl.testing.fake_sglang")
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--weight-version", default=BASE_LABEL)
+    parser.add_argument("--token-latency-s", type=float, default=0.0)
+    args, _ = parser.parse_known_args()
+    asyncio.run(_serve(args.port, args.weight_version, args.token_latency_s))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,313 @@
+"""WeightReconciler against fake servers: what is loaded, verified, resumed, refused and retried."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentrl.errors import StreamError
+from agentrl.serving.digest import weights_digest
+from agentrl.serving.server_manager import NO_POLICY, AsyncLLMServerManager
+from agentrl.serving.weight_reconciler import UpdateMode, WeightReconciler
+from agentrl.testing.fake_sglang import FakeSGLang, pseudo_tokens
+from agentrl.types import Generation, PolicyRecord, SamplingParams
+
+PROMPT = [4, 5, 6]
+
+
+class Policies:
+    """The learner's side: a directory per version and the announced record."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.record: PolicyRecord | None = None
+        self.errors: list[Exception] = []
+
+    def write(self, version: int, *, epoch: int = 1, kind: Any = "full") -> PolicyRecord:
+        path = self.root / f"e{epoch}-v{version}"
+        path.mkdir()
+        (path / "model.safetensors").write_bytes(f"weights {epoch} {version}".encode())
+        return PolicyRecord(run_epoch=epoch, version=version, kind=kind, path=str(path), digest=weights_digest(path))
+
+    def announce(self, version: int, *, epoch: int = 1) -> PolicyRecord:
+        self.record = self.write(version, epoch=epoch)
+        return self.record
+
+    async def read(self) -> PolicyRecord | None:
+        if self.errors:
+            raise self.errors.pop()
+        return self.record
+
+
+@asynccontextmanager
+async def reconciled(
+    tmp_path: Path, num_servers: int, *, mode: UpdateMode = "in_place", latency_s: float = 0.0, **options: Any
+) -> AsyncIterator[tuple[AsyncLLMServerManager, list[FakeSGLang], Policies, WeightReconciler]]:
+    servers = [FakeSGLang(token_latency_s=latency_s) for _ in range(num_servers)]
+    policies = Policies(tmp_path)
+    async with AsyncLLMServerManager() as manager, asyncio.TaskGroup() as group:
+        reconciler = WeightReconciler(
+            manager, read_policy=policies.read, mode=mode, poll_s=0.005, backoff_s=0.01, control_timeout_s=5, **options
+        )
+        for server in servers:
+            await server.start()
+            manager.add_server(server.url)
+        running = group.create_task(reconciler.run())
+        try:
+            yield manager, servers, policies, reconciler
+        finally:
+            running.cancel()
+            for server in servers:
+                await server.kill()
+
+
+async def until(condition: Callable[[], bool], limit_s: float = 10.0) -> None:
+    async with asyncio.timeout(limit_s):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+def settled(reconciler: WeightReconciler, policies: Policies) -> bool:
+    return reconciler.target == policies.record and reconciler.is_settled
+
+
+async def ask(manager: AsyncLLMServerManager, *, num_tokens: int = 20, name: str = "t") -> Generation:
+    sampling = SamplingParams(max_new_tokens=num_tokens)
+    return await manager.generate(PROMPT, sampling, trajectory_id=name, group_id=name, deadline=20)
+
+
+@pytest.mark.asyncio
+async def test_nothing_is_generated_before_a_policy_is_announced_and_then_it_is(tmp_path: Path) -> None:
+    async with reconciled(tmp_path, 2) as (manager, servers, policies, reconciler):
+        asked = asyncio.ensure_future(ask(manager))
+        await until(lambda: manager.wait_reason() == "weights")
+        assert manager.required == NO_POLICY
+        assert [server.requests for server in servers] == [[], []]
+        policies.announce(3)
+        assert (await asked).versions == [3] * 20
+        await until(lambda: settled(reconciler, policies))
+        assert [server.label for server in servers] == ["e1-v3", "e1-v3"]
+        assert [update["flush_cache"] for server in servers for update in server.updates] == [True, True]
+        assert all(update.is_first for update in reconciler.updates)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("mode", ["in_place", "retract", "abort", "rolling"])
+async def test_generations_in_flight_survive_updates_and_carry_both_versions(tmp_path: Path, mode: UpdateMode) -> None:
+    async with reconciled(tmp_path, 2, mode=mode, latency_s=0.002) as (manager, servers, policies, reconciler):
+        policies.announce(0)
+        await until(lambda: settled(reconciler, policies))
+
+        async def rollout(index: int) -> Generation:
+            return await ask(manager, num_tokens=120, name=f"t{index}")
+
+        async with asyncio.TaskGroup() as group:
+            asked = [group.create_task(rollout(index)) for index in range(8)]
+            await until(lambda: sum(server.num_tokens for server in servers) > 80)
+            policies.announce(1)
+            await until(lambda: settled(reconciler, policies))
+            later = group.create_task(rollout(8))
+        for task in asked:
+            generation = task.result()
+            assert generation.ids == pseudo_tokens(PROMPT, 120)
+            assert generation.versions == sorted(generation.versions)
+        versions = {version for task in asked for version in task.result().versions}
+        assert versions == ({0} if mode == "rolling" else {0, 1})
+        assert set(later.result().versions) == {1}
+        assert manager.counters()["version_mismatches"] == 0
+        assert manager.counters()["tokens_discarded"] == 0
+        assert not any(server.is_paused for server in servers)
+        update = reconciler.updates[-1]
+        assert (update.version, update.mode, update.error, update.is_first) == (1, mode, "", False)
+        assert 0 < update.paused_s <= update.total_s
+        flushed = [server.updates[-1]["flush_cache"] for server in servers]
+        assert flushed == [mode != "in_place"] * 2
+
+
+@pytest.mark.asyncio
+async def test_rolling_updates_never_take_all_servers_out(tmp_path: Path) -> None:
+    async with reconciled(tmp_path, 3, mode="rolling") as (manager, servers, policies, reconciler):
+        policies.announce(0)
+        await until(lambda: settled(reconciler, policies))
+        for server in servers:
+            server.update_s = 0.05
+        policies.announce(1)
+        fewest = 3
+        while not settled(reconciler, policies):
+            await asyncio.sleep(0.002)
+            fewest = min(fewest, sum(stats.state == "ready" for stats in manager.stats()))
+        assert fewest == 2
+
+
+@pytest.mark.asyncio
+async def test_a_failed_update_is_retried_while_the_other_servers_go_on(tmp_path: Path) -> None:
+    async with reconciled(tmp_path, 2) as (manager, servers, policies, reconciler):
+        policies.announce(0)
+        await until(lambda: settled(reconciler, policies))
+        servers[0].fail_next_updates(times=3)
+        policies.announce(1)
+        await until(lambda: manager.verified_label(servers[1].url) == "e1-v1")
+        assert (await ask(manager)).versions == [1] * 20
+        await until(lambda: settled(reconciler, policies))
+        failed = [update for update in reconciler.updates if update.error]
+        assert [update.url for update in failed] == [servers[0].url] * 3
+        assert not servers[0].is_paused
+
+
+@pytest.mark.asyncio
+async def test_a_server_that_reports_another_version_after_its_update_stays_out(tmp_path: Path) -> None:
+    async with reconciled(tmp_path, 2) as (manager, servers, policies, reconciler):
+        servers[0].lying_label = "e1-v7"
+        policies.announce(0)
+        await until(lambda: any("reports 'e1-v7'" in update.error for update in reconciler.updates))
+        for index in range(6):
+            assert (await ask(manager, name=f"t{index}")).server == servers[1].url
+        assert manager.stats()[0].state == "quarantined"
+        assert not servers[0].is_paused
+        servers[0].lying_label = None
+        await until(lambda: settled(reconciler, policies))
+
+
+@pytest.mark.asyncio
+async def test_a_restarted_engine_gets_no_request_before_it_has_the_policy(tmp_path: Path) -> None:
+    async with reconciled(tmp_path, 2) as (manager, servers, policies, reconciler):
+        policies.announce(4)
+        await until(lambda: settled(reconciler, policies))
+        await servers[0].kill()
+        manager.quarantine(servers[0].url, "process died")
+        servers[0].update_s = 0.05
+        await servers[0].start()
+        manager.add_server(servers[0].url)
+        served_too_early = 0
+        while not settled(reconciler, policies):
+            served_too_early += len(servers[0].requests)
+            assert (await ask(manager)).versions == [4] * 20
+        assert served_too_early == 0
+        assert servers[0].label == "e1-v4"
+
+
+@pytest.mark.asyncio
+async def test_a_server_added_later_is_brought_to_the_policy(tmp_path: Path) -> None:
+    async with reconciled(tmp_path, 1) as (manager, _, policies, reconciler), FakeSGLang() as late:
+        policies.announce(2)
+        await until(lambda: settled(reconciler, policies))
+        manager.add_server(late.url)
+        await until(lambda: settled(reconciler, policies))
+        assert late.label == "e1-v2"
+
+
+@pytest.mark.asyncio
+async def test_a_server_that_already_has_the_policy_is_only_continued(tmp_path: Path) -> None:
+    async with FakeSGLang(label="e1-v2") as old, reconciled(tmp_path, 0) as (manager, _, policies, reconciler):
+        manager.add_server(old.url)
+        await manager.client(old.url).pause("in_place", timeout_s=5)
+        policies.announce(2)
+        await until(lambda: settled(reconciler, policies))
+        assert old.updates == []
+        assert not old.is_paused
+
+
+@pytest.mark.asyncio
+async def test_older_records_are_never_loaded(tmp_path: Path) -> None:
+    async with reconciled(tmp_path, 1) as (_, servers, policies, reconciler):
+        old = policies.announce(4)
+        newer = policies.announce(5)
+        await until(lambda: settled(reconciler, policies))
+        policies.record = old
+        await asyncio.sleep(0.05)
+        assert servers[0].label == newer.label
+        policies.announce(2, epoch=2)
+        await until(lambda: servers[0].label == "e2-v2")
+        policies.record = newer
+        await asyncio.sleep(0.05)
+        assert servers[0].label == "e2-v2"
+        assert [update.version for update in reconciler.updates] == [5, 2]
+
+
+@pytest.mark.asyncio
+async def test_files_that_vanished_are_skipped_for_the_next_record(tmp_path: Path) -> None:
+    async with reconciled(tmp_path, 1) as (manager, servers, policies, reconciler):
+        policies.announce(0)
+        await until(lambda: settled(reconciler, policies))
+        gone = policies.write(1)
+        (Path(gone.path) / "model.safetensors").unlink()
+        policies.record = gone
+        await asyncio.sleep(0.03)
+        assert (await ask(manager)).versions == [0] * 20, "version 0 is served on"
+        policies.announce(2)
+        await until(lambda: manager.verified_label(servers[0].url) == "e1-v2")
+        assert [update.version for update in reconciler.updates] == [0, 2]
+
+
+@pytest.mark.asyncio
+async def test_damaged_files_and_lora_records_are_refused_and_the_old_policy_is_served_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with reconciled(tmp_path, 1) as (manager, servers, policies, reconciler):
+        policies.announce(0)
+        await until(lambda: settled(reconciler, policies))
+        damaged = policies.write(1)
+        (Path(damaged.path) / "model.safetensors").write_bytes(b"torn")
+        policies.record = damaged
+        await until(lambda: "overwritten or damaged" in caplog.text)
+        policies.record = policies.write(2, kind="lora")
+        await until(lambda: "not supported yet" in caplog.text)
+        assert (await ask(manager)).versions == [0] * 20
+        assert len(servers[0].updates) == 1
+
+
+@pytest.mark.asyncio
+async def test_an_unreadable_record_store_is_survived(tmp_path: Path) -> None:
+    async with reconciled(tmp_path, 1) as (_, servers, policies, reconciler):
+        policies.errors = [StreamError("down"), ConnectionError("refused"), TimeoutError()]
+        policies.announce(1)
+        await until(lambda: settled(reconciler, policies))
+        assert servers[0].label == "e1-v1"
+
+
+@pytest.mark.asyncio
+async def test_cancelling_the_reconciler_in_mid_update_leaves_no_server_paused(tmp_path: Path) -> None:
+    async with FakeSGLang(update_s=60) as server, AsyncLLMServerManager() as manager:
+        policies = Policies(tmp_path)
+        policies.announce(0)
+        manager.add_server(server.url)
+        reconciler = WeightReconciler(manager, read_policy=policies.read, poll_s=0.005)
+        task = asyncio.ensure_future(reconciler.run())
+        await until(lambda: len(server.updates) == 1)
+        assert server.is_paused
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert not server.is_paused
+
+
+@pytest.mark.asyncio
+async def test_a_hung_update_ends_at_its_limit_and_requests_move(tmp_path: Path) -> None:
+    async with reconciled(tmp_path, 2, latency_s=0.002, update_timeout_s=0.2) as (manager, servers, policies, reconciler):
+        policies.announce(0)
+        await until(lambda: settled(reconciler, policies))
+        servers[0].update_s = 60
+        async with asyncio.TaskGroup() as group:
+            asked = [group.create_task(ask(manager, num_tokens=100, name=f"t{index}")) for index in range(6)]
+            await until(lambda: servers[0].num_tokens > 10)
+            policies.announce(1)
+        for task in asked:
+            assert task.result().ids == pseudo_tokens(PROMPT, 100)
+        assert any("no answer within 0.2 s" in update.error for update in reconciler.updates)
+
+
+@pytest.mark.asyncio
+async def test_every_update_is_reported(tmp_path: Path) -> None:
+    seen: list[tuple[str, int]] = []
+    async with reconciled(tmp_path, 2, on_update=lambda update: seen.append((update.url, update.version))) as (
+        _,
+        servers,
+        policies,
+        reconciler,
+    ):
+        policies.announce(0)
+        await until(lambda: settled(reconciler, policies))
+    assert sorted(seen) == sorted((server.url, 0) for server in servers)
