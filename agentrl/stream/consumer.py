@@ -163,6 +163,7 @@ class TrajectoryConsumer:
         self.counters = Counters()
         self._acquire = self._client.register_script(scripts.ACQUIRE)
         self._commit = self._client.register_script(scripts.COMMIT)
+        self._claim = self._client.register_script(scripts.CLAIM)
         self._blame = self._client.register_script(scripts.BLAME)
         self._publish = self._client.register_script(scripts.PUBLISH)
         self._report = self._client.register_script(scripts.REPORT)
@@ -258,8 +259,8 @@ class TrajectoryConsumer:
         """Remove groups whose fate a durable checkpoint contains. Repeating it changes nothing.
 
         Args:
-            ids: trajectory ids or close ids. Every trajectory of a group must be named, here or in ``outcomes``; its
-                close goes with it. Groups without trajectories are named by their close id.
+            ids: close ids (``group.close.id``), which name a whole group, or the ids of all its trajectories (here or in
+                ``outcomes``): its close goes with them. Groups without trajectories can only be named by their close id.
             outcomes: trajectory id -> ``trained | filtered | stale | superseded | failed:<reason>``; ids that are not
                 in it were trained.
 
@@ -375,15 +376,11 @@ class TrajectoryConsumer:
         self._must_recover = False
 
     def _claim_from_others(self) -> None:
-        cursor = "0-0"
-        while True:
-            # min-idle 0 is safe only because we hold the fence. JUSTID leaves the delivery counts alone.
-            answer = self._client.execute_command(
-                "XAUTOCLAIM", self._keys.traj, GROUP, self._consumer, 0, cursor, "COUNT", 1000, "JUSTID"
-            )
-            cursor = answer[0].decode()
-            if cursor == "0-0":
-                return
+        cursor, done = "0-0", False
+        while not done:
+            args = [self._epoch, self._consumer, cursor]
+            cursor = self._call_fenced(self._claim, [self._keys.fence, self._keys.traj], args, "claiming entries")
+            done = cursor == "0-0"
 
     def _take_in_pending(self, deliveries: Mapping[str, int]) -> None:
         ids = list(deliveries)
@@ -497,7 +494,7 @@ class TrajectoryConsumer:
         assembled = self._handed[close_id]
         members = {t.id for t in assembled.group}
         unnamed = members - named
-        if unnamed and not (close_id in named and not members & named):
+        if unnamed and close_id not in named:
             raise ValueError(
                 f"commit names {len(members) - len(unnamed)} of {len(members)} trajectories of group "
                 f"{assembled.group.close.group_id} (missing: {min(unnamed)}): a group is committed whole"
@@ -533,14 +530,14 @@ class TrajectoryConsumer:
     def _call_fenced(self, script: Any, keys: list[str], args: list[Any], what: str) -> str:
         status, value = (part.decode() for part in script(keys=keys, args=args))
         if status == "FENCED":
-            raise self._fenced(int(value), what)
+            raise self._lost_fence(int(value), what)
         return value
 
     def _check_fence(self, value: bytes | None) -> None:
         if value is None or int(value) != self._epoch:
-            raise self._fenced(int(value or 0), "reading the stream")
+            raise self._lost_fence(int(value or 0), "reading the stream")
 
-    def _fenced(self, holder: int, what: str) -> StreamError:
+    def _lost_fence(self, holder: int, what: str) -> StreamError:
         if holder < self._epoch:
             return StreamError(
                 f"{what}: the fence is {holder} but this learner acquired epoch {self._epoch}, so the server lost its data: "

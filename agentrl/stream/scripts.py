@@ -63,7 +63,6 @@ if known == 'LATE' then
   return 'LATE'
 end
 if full(KEYS[1], KEYS[3], KEYS[5], group_id, #payload, tonumber(ARGV[5]), tonumber(ARGV[6]), now) then return 'FULL' end
-redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', ARGV[7])
 if ARGV[8] == '1' then
   redis.call('SET', KEYS[6], payload)
   redis.call('XADD', KEYS[1], '*', 't', id, 'g', group_id, 'k', 't', 'n', #payload, 's', '1')
@@ -74,6 +73,8 @@ redis.call('ZADD', KEYS[2], now, id)
 redis.call('HINCRBY', KEYS[5], group_id, 1)
 redis.call('HINCRBY', KEYS[3], 'bytes', #payload)
 redis.call('HINCRBY', KEYS[3], 'submitted', 1)
+-- Last: a first write that maxmemory permits would let all later ones pass.
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', ARGV[7])
 return 'OK'
 """
 )
@@ -156,6 +157,17 @@ for i = 3, #ARGV, 7 do
   end
 end
 return {{'OK', redis.call('HGET', KEYS[3], 'committed_groups') or '0'}}
+"""
+)
+
+CLAIM: Final = (
+    _ALLOW_OOM
+    + _FENCED
+    + """
+-- KEYS fence traj | ARGV epoch consumer cursor
+-- min-idle 0 is safe only behind the fence; JUSTID leaves the delivery counts alone.
+local claimed = redis.call('XAUTOCLAIM', KEYS[2], 'learner', ARGV[2], 0, ARGV[3], 'COUNT', 1000, 'JUSTID')
+return {'OK', claimed[1]}
 """
 )
 
