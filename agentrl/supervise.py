@@ -33,9 +33,15 @@ async def running(**loops: Coroutine[None, None, None]) -> AsyncGenerator[None, 
             for task in tasks:
                 task.cancel()
     except BaseExceptionGroup as error:
-        if len(error.exceptions) == 1:  # so that `except ConfigError` around the block means what it says
-            raise error.exceptions[0] from error.exceptions[0].__cause__
-        raise
+        alone: BaseException = error
+        while isinstance(alone, BaseExceptionGroup) and len(alone.exceptions) == 1:
+            alone = alone.exceptions[0]
+        if isinstance(alone, BaseExceptionGroup):
+            raise
+        raise alone from alone.__cause__  # so that `except ConfigError` around the block means what it says
+    finally:
+        for loop in loops.values():
+            loop.close()  # one that was cancelled before its first step was never awaited
 
 
 @asynccontextmanager

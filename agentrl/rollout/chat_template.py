@@ -32,6 +32,9 @@ _SPLIT = "\ufdd0"
 _MARKER = "qzmarkerzq"
 """Content of the synthetic assistant turn; what follows it is what the template adds after a turn."""
 
+_MARKUP = re.compile(r"[<\[｜].*[>\]｜]", re.DOTALL)
+"""Looks of tokens like ``<tool_call>`` or ``[TOOL_RESULTS]``, which many tokenizers add without calling them special."""
+
 _EMPTY_THINK = re.compile(r"<think>\s*</think>\s*")
 
 
@@ -68,7 +71,8 @@ class ChatTemplate:
         special = set(tokenizer.all_special_ids)
         self._special_ids = frozenset(i for i, t in added.items() if t.special or i in special)
         self._added_ids = frozenset(added)
-        self._forgeable = _lookahead(t.content for t in added.values())
+        # Added tokens that are ordinary text (numbers, runs of spaces) carry no power and stay whole.
+        self._forgeable = _lookahead(t.content for i, t in added.items() if i in self._special_ids or _MARKUP.fullmatch(t.content))
         self._forgeable_special = _lookahead(added[i].content for i in self._special_ids)
         self._variants: dict[str, str] = {}
         self._control_counts: dict[tuple[str, ...], Counter[int]] = {}
@@ -266,7 +270,8 @@ class ChatTemplate:
             whole = self._comparable(messages, notes, generation_prompt=False)
             if not whole.startswith(start):
                 raise _Rewrite(
-                    "the template prints a finished assistant turn differently from how its generation prompt opens it.\n"
+                    "the template is not prefix-preserving: it prints a finished assistant turn, or what came before it, "
+                    "differently from the prompt that opened it. Choose a template that keeps earlier turns.\n"
                     + self.show_difference(self._encode(start), self._encode(whole))
                 )
             sampled = self._encode(whole[len(start) :])

@@ -27,6 +27,7 @@ import yaml
 from agentrl.errors import ConfigError, DeadlineExceeded, RolloutError, ToolError, ToolInfraError
 from agentrl.plugins import Truncate, load_object, shipped_dir, tool_options
 from agentrl.protocols import ToolContext, ToolResult
+from agentrl.rollout.circuit import CircuitBreaker
 from agentrl.rollout.tool import ArgumentError, Arguments, Signature, ToolSchema, schema_of
 from agentrl.rollout.tool_parsers import FoundCall, ParseFailure
 from agentrl.rollout.truncation import cut_to_tokens
@@ -95,49 +96,40 @@ class _Stats:
 
     def __init__(self, name: str, limits: ToolLimits) -> None:
         self.name = name
-        self._limit = limits.max_infra_error_rate
         self.calls = self.ok = self.model_errors = self.timeouts = self.infra_errors = 0
-        self._window: deque[bool] = deque(maxlen=BREAKER_WINDOW)
+        self._limit = limits.max_infra_error_rate
         self._latencies: deque[float] = deque(maxlen=_LATENCIES)
-        self.is_open = False
-        self._probe_at = 0.0
+        self.breaker = CircuitBreaker(
+            window=BREAKER_WINDOW, min_calls=BREAKER_MIN_CALLS, max_rate=self._limit, cooldown_s=COOLDOWN_S
+        )
 
-    def record(self, kind: str, ms: float) -> None:
-        """Count one finished call: ``ok``, ``model_errors``, ``timeouts``."""
+    def record(self, kind: Literal["ok", "model_errors", "timeouts"], ms: float) -> None:
+        """Count one call that the tool answered, or that ran out of time."""
         self.calls += 1
         setattr(self, kind, getattr(self, kind) + 1)
         self._latencies.append(ms)
-        self._window.append(False)
-        if self.is_open and kind == "ok":
-            self.is_open = False
-            self._window.clear()
+        if kind == "timeouts" and self.breaker.is_open:
+            return  # a hanging service is no sign of life
+        if self.breaker.record(ok=True) == "closed":
             logger.warning("tool_circuit_closed tool=%s: a call succeeded; rollouts go on", self.name)
 
+    def count_refused(self) -> None:
+        """Count a call that never reached the tool: its arguments did not fit."""
+        self.calls += 1
+        self.model_errors += 1
+
     def record_infra(self, error: BaseException, ms: float) -> None:
+        """Count one call that failed outside the model's control."""
         self.calls += 1
         self.infra_errors += 1
         self._latencies.append(ms)
-        self._window.append(True)
-        failed, of = sum(self._window), len(self._window)
-        if not self.is_open and of >= BREAKER_MIN_CALLS and failed / of > self._limit:
-            self.is_open = True
-            self._probe_at = time.monotonic() + COOLDOWN_S
+        if self.breaker.record(ok=False) == "opened":
             logger.error(
                 "tool_circuit_open tool=%s: %d of the last %d calls failed outside the model's control (last: %s). New rollouts "
                 "pause; nothing of these was trained on. Repair or start the tool's service; a probe goes out every %g s "
                 "(limit: max_infra_error_rate=%g)",
-                self.name, failed, of, error, COOLDOWN_S, self._limit,
+                self.name, self.breaker.failed, self.breaker.seen, error, COOLDOWN_S, self._limit,
             )  # fmt: skip
-
-    def allows(self) -> bool:
-        """Whether a new rollout may start; while the circuit is open, one probe per cooldown."""
-        if not self.is_open:
-            return True
-        now = time.monotonic()
-        if now < self._probe_at:
-            return False
-        self._probe_at = now + COOLDOWN_S
-        return True
 
     def summary(self) -> dict[str, float]:
         ordered = sorted(self._latencies)
@@ -149,7 +141,7 @@ class _Stats:
             "infra_errors": self.infra_errors,
             "p50_ms": ordered[len(ordered) // 2] if ordered else 0.0,
             "p99_ms": ordered[min(len(ordered) - 1, len(ordered) * 99 // 100)] if ordered else 0.0,
-            "circuit_open": float(self.is_open),
+            "circuit_open": float(self.breaker.is_open),
         }
 
 
@@ -273,7 +265,7 @@ class Toolbox:
     def blocked(self) -> str | None:
         """``tool:<name>`` while that tool's circuit is open: the wait reason for which no new rollout may start."""
         for name, declared in self._tools.items():
-            if not declared.stats.allows():
+            if not declared.stats.breaker.allows():
                 return f"tool:{name}"
         return None
 
@@ -339,7 +331,7 @@ class ToolSession:
         try:
             arguments = declared.arguments.bind(call.arguments)
         except ArgumentError as error:
-            declared.stats.record("model_errors", 0.0)
+            declared.stats.count_refused()
             text = f"Error: {error}"
             return Observation(name=call.name, text=text, ok=False, error_kind="arguments", arguments=call.arguments, raw=call.raw)
         lock = self._locks[call.name] if declared.is_stateful else contextlib.nullcontext()
@@ -378,7 +370,7 @@ class ToolSession:
         except Exception as error:  # noqa: BLE001  # a tool is foreign code; classified here, once
             declared.stats.record_infra(error, _ms(started))
             raise ToolInfraError(f"tool `{declared.name}` raised {type(error).__name__}: {error}") from error
-        declared.stats.record({"": "ok", "tool": "model_errors"}.get(kind, "timeouts"), _ms(started))
+        declared.stats.record("ok" if not kind else "model_errors" if kind == "tool" else "timeouts", _ms(started))
         return Observation(
             name=declared.name,
             text=self._shortened(result.text, declared.limits),

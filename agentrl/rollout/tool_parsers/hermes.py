@@ -16,6 +16,8 @@ from agentrl.types import ToolCall
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 EXAMPLE = '{"name": "<tool>", "arguments": {…}}'
+MAX_CALLS = 64
+"""Calls read from one turn; a turn that repeats itself thousands of times must not hold up the others."""
 _MAX_RAW = 2000
 """Characters of a malformed call that are kept for people to read."""
 
@@ -38,7 +40,7 @@ class HermesParser:
         text = _spoken(text)
         found: list[FoundCall] = []
         position = 0
-        while True:
+        while len(found) < MAX_CALLS:
             opening = text.find(OPEN, position)
             stray = text.find(CLOSE, position, opening if opening >= 0 else len(text))
             if stray >= 0:
@@ -49,6 +51,7 @@ class HermesParser:
                 return found
             call, position = self._read(text, opening + len(OPEN), is_cut=is_cut)
             found.append(call)
+        return found
 
     def _read(self, text: str, start: int, *, is_cut: bool) -> tuple[FoundCall, int]:
         """One call whose body begins at ``start``; also returns where to go on."""

@@ -1,0 +1,63 @@
+"""A circuit breaker: most of the latest calls failed, so stop making them, and probe now and then. Pure but for the clock."""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Literal
+
+
+class CircuitBreaker:
+    """Open while more than ``max_rate`` of the latest calls failed; closed again by the first success.
+
+    Args:
+        window: latest calls that count.
+        min_calls: calls before it may open: two failures of three say little.
+        max_rate: share of failures above which it opens.
+        cooldown_s: seconds between probes while open.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self, *, window: int, min_calls: int, max_rate: float, cooldown_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._latest: deque[bool] = deque(maxlen=window)
+        self._min_calls = min_calls
+        self._max_rate = max_rate
+        self._cooldown_s = cooldown_s
+        self._clock = clock
+        self._probe_at = 0.0
+        self.is_open = False
+
+    @property
+    def failed(self) -> int:
+        """Failures among the latest calls."""
+        return sum(self._latest)
+
+    @property
+    def seen(self) -> int:
+        return len(self._latest)
+
+    def record(self, *, ok: bool) -> Literal["opened", "closed", ""]:
+        """Count one call; says whether the circuit changed."""
+        self._latest.append(not ok)
+        if self.is_open:
+            if not ok:
+                return ""
+            self.is_open = False
+            self._latest.clear()
+            return "closed"
+        if self.seen >= self._min_calls and self.failed / self.seen > self._max_rate:
+            self.is_open = True
+            self._probe_at = self._clock() + self._cooldown_s
+            return "opened"
+        return ""
+
+    def allows(self) -> bool:
+        """Whether to go on; while open, True once per cooldown, for a probe."""
+        if not self.is_open:
+            return True
+        now = self._clock()
+        if now < self._probe_at:
+            return False
+        self._probe_at = now + self._cooldown_s
+        return True
