@@ -121,3 +121,35 @@ def tier_is_available(tier: str) -> str | None:
             return None
     except RuntimeError as error:
         return str(error).strip().splitlines()[-1][:300]
+
+
+UNPRIVILEGED_UID = 62_000
+_BECOME_USER = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from inside import linux
+uid = int(sys.argv[2])
+needed = sorted({os.path.realpath(path) for path in (sys.base_prefix, sys.prefix, sys.argv[3])})
+linux.unshare(linux.CLONE_NEWNS)
+linux.mount("none", "/", None, linux.MS_REC | linux.MS_PRIVATE)
+for path in needed:
+    parts = path.split("/")
+    above = ["/".join(parts[:depth]) for depth in range(2, len(parts))]
+    closed = next((parent for parent in above if not os.stat(parent).st_mode & 1), None)
+    if closed:  # an interpreter below a private directory: show only it, in this process's own mount namespace
+        fd = os.open(path, os.O_PATH)
+        linux.mount("tmpfs", closed, "tmpfs", 0, "mode=0755")
+        os.makedirs(path)
+        linux.mount(f"/proc/self/fd/{fd}", path, None, linux.MS_BIND | linux.MS_REC)
+if uid:
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
+os.execv(sys.argv[4], sys.argv[4:])
+"""
+
+
+def with_readable_interpreter(uid: int) -> list[str]:
+    """A command prefix: what follows runs as ``uid`` and sees this interpreter, even one below a private directory. Needs root."""
+    inside = str(REPOSITORY / "agentrl" / "sandbox")
+    return [sys.executable, "-S", "-c", _BECOME_USER, inside, str(uid), str(REPOSITORY)]

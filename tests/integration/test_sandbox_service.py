@@ -183,7 +183,9 @@ def test_threads_are_joined_and_exit_handlers_run(service: Service) -> None:
 
 def test_files_go_in_and_come_out(full: Service) -> None:
     data = bytes(range(256))
-    code = "import os\nb = open('in/a.bin', 'rb').read()\nos.makedirs('out')\nopen('out/b.bin', 'wb').write(b[::-1])\nprint(len(b))"
+    code = (
+        "import os\nb = open('in/a.bin', 'rb').read()\nos.makedirs('out')\nopen('out/b.bin', 'wb').write(b[::-1])\nprint(len(b))"
+    )
     response = full.run(code, files={"in/a.bin": _b64(data), "empty": None}, fetch_files=["out/b.bin", "/work/empty", "missing"])
     assert response["run_result"]["stdout"] == "256\n"
     assert response["files"] == {"out/b.bin": _b64(data[::-1]), "empty": ""}
@@ -191,10 +193,18 @@ def test_files_go_in_and_come_out(full: Service) -> None:
 
 
 def test_ordinary_programs_that_need_the_system_work(full: Service) -> None:
-    assert full.stdout("import subprocess; print(subprocess.run(['echo', 'hi'], capture_output=True, text=True).stdout)") == "hi\n\n"
+    assert (
+        full.stdout("import subprocess; print(subprocess.run(['echo', 'hi'], capture_output=True, text=True).stdout)") == "hi\n\n"
+    )
     assert full.stdout("import asyncio\nasync def f(): return 5\nprint(asyncio.run(f()))") == "5\n"
     assert full.stdout("import multiprocessing as m\nprint(m.Pool(2).map(abs, [-1, -2]))") == "[1, 2]\n"
     assert full.stdout("import tempfile; print(tempfile.TemporaryFile().write(b'abc'))") == "3\n"
+
+
+def test_packages_of_the_environment_can_be_imported_without_preloading(service: Service) -> None:
+    # The environment may lie below /work or /tmp, which a run covers with its own tmpfs.
+    assert service.stdout("import numpy\nprint(numpy.arange(3).sum(), numpy.random.default_rng(0).integers(5) < 5)") == "3 True\n"
+    assert service.stdout("import sys, os; print(os.access(sys.executable, os.X_OK))") == "True\n"
 
 
 def test_bash_runs_with_its_own_exit_status(full: Service) -> None:

@@ -53,7 +53,7 @@ def _enter(request: dict[str, Any], fds: list[int], config: dict[str, Any], rule
         file.write("1000")
     work_fd = None
     if ruleset is None:
-        jail.enter_run(size_bytes=request["tmpfs_bytes"], inodes=request["inodes"], uid=uid, gid=gid)
+        jail.enter_run(size_bytes=request["tmpfs_bytes"], inodes=request["inodes"], uid=uid, gid=gid, covered=config["covered"])
         work_fd = os.open(jail.WORK, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         if config["user_namespace"]:
             # A private user namespace per run also makes its process count private.
@@ -63,6 +63,10 @@ def _enter(request: dict[str, Any], fds: list[int], config: dict[str, Any], rule
     else:
         os.chdir("/")
     jail.drop_to(uid, gid)
+    if not os.access(os.__file__, os.R_OK):
+        raise OSError(
+            f"uid {os.getuid()} cannot read the interpreter's library {os.__file__}: make its directories world-readable"
+        )
     source = _unpack(job_fd, request["language"], may_write=ruleset is None)
     _set_limits(request, in_namespace=ruleset is None, private_uid=config["private_uids"])
     if ruleset is not None:

@@ -9,6 +9,7 @@ from . import linux
 
 WORK = "/work"
 _STAGE = "/.run"
+_PRIVATE = {"work": WORK, "tmp": "/tmp", "shm": "/dev/shm"}
 _SYSTEM_DIRECTORIES = ("/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libx32", "/usr/local/lib", "/usr/bin", "/usr/share/zoneinfo")
 _MERGED_USR = ("/bin", "/lib", "/lib32", "/lib64", "/libx32")
 _SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/alternatives")
@@ -57,11 +58,14 @@ def map_one_user(*, inside: int, uid: int, gid: int) -> None:
             file.write(text)
 
 
-def build_root(hostname: str = "sandbox") -> None:
+def build_root(hostname: str = "sandbox") -> list[str]:
     """Replace the root by one that holds only libraries, the interpreter, five devices and empty mount points, read-only.
 
     Call as pid 1 of the new pid namespace. Sources are bound through the old root while it is still attached, with the
     privileges of the starter, so that an interpreter below a private directory stays reachable after the uid changes.
+
+    Returns:
+        What a run's own tmpfs would cover, such as an environment below /tmp; ``enter_run`` puts it back.
     """
     stage = next(path for path in ("/tmp", "/run", "/mnt", "/var") if os.path.isdir(path))
     sources = dict(_wanted_paths())
@@ -82,7 +86,7 @@ def build_root(hostname: str = "sandbox") -> None:
         if os.path.islink("/old" + path):
             os.symlink(os.readlink("/old" + path), "/new" + path)
     _make_devices()
-    for path in (WORK, "/tmp", "/dev/shm", "/proc", _STAGE):
+    for path in (*_PRIVATE.values(), "/proc", _STAGE):
         os.makedirs("/new" + path, mode=0o755, exist_ok=True)
     linux.mount("proc", "/new/proc", "proc", linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC)
     linux.set_mount_attributes("/new", linux.MOUNT_ATTR_RDONLY, recursive=False)
@@ -94,6 +98,7 @@ def build_root(hostname: str = "sandbox") -> None:
     os.umask(previous_umask)
     with contextlib.suppress(OSError):
         _set_hostname(hostname)
+    return [path for path in shown if any(path.startswith(f"{place}/") for place in _PRIVATE.values())]
 
 
 def _set_hostname(hostname: str) -> None:
@@ -131,21 +136,26 @@ def _make_devices() -> None:
         os.symlink(link, f"/new/dev/{name}")
 
 
-def enter_run(*, size_bytes: int, inodes: int, uid: int, gid: int) -> None:
+def enter_run(*, size_bytes: int, inodes: int, uid: int, gid: int, covered: Iterable[str]) -> None:
     """A run's own mounts and ipc: one bounded tmpfs behind /work, /tmp and /dev/shm, and a /proc that shows only the run.
 
     Call in the child that is pid 1 of the run's pid namespace, while it still has the fork server's capabilities.
     """
     linux.unshare(linux.CLONE_NEWNS | linux.CLONE_NEWIPC)
     flags = linux.MS_NOSUID | linux.MS_NODEV
+    kept = {path: os.open(path, os.O_PATH | os.O_CLOEXEC) for path in covered}
     linux.mount("tmpfs", _STAGE, "tmpfs", flags, f"mode=0755,size={size_bytes},nr_inodes={inodes},uid={uid},gid={gid}")
-    for name, target, mode in (("work", WORK, 0o755), ("tmp", "/tmp", 0o1777), ("shm", "/dev/shm", 0o1777)):
+    for name, target in _PRIVATE.items():
         path = f"{_STAGE}/{name}"
         os.mkdir(path)
-        os.chmod(path, mode)
+        os.chmod(path, 0o755 if target == WORK else 0o1777)
         os.chown(path, uid, gid)
         linux.mount(path, target, None, linux.MS_BIND)
     linux.umount(_STAGE, linux.MNT_DETACH)
+    for path, fd in kept.items():
+        os.makedirs(path, mode=0o755)
+        linux.mount(f"/proc/self/fd/{fd}", path, None, linux.MS_BIND | linux.MS_REC)
+        os.close(fd)
     linux.mount("proc", "/proc", "proc", flags | linux.MS_NOEXEC, "subset=pid")
 
 

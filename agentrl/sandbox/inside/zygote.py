@@ -107,7 +107,7 @@ class Zygote:
         """Build the root, import what was asked for, and say hello."""
         started = time.monotonic()
         if self._config["tier"] == "zygote":
-            jail.build_root()
+            self._config["covered"] = jail.build_root()
             self._pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         else:
             self._ruleset = landlock.create_ruleset(jail.readable_paths(), jail.DEVICES)
