@@ -114,12 +114,12 @@ def is_transient(error: BaseException) -> bool:
         return False
     if isinstance(error, redis.ConnectionError | redis.TimeoutError | OSError):
         return True
-    return isinstance(error, ResponseError) and str(error).startswith(_TRANSIENT_REPLIES)
+    return isinstance(error, ResponseError) and _reply(error).startswith(_TRANSIENT_REPLIES)
 
 
 def classify(error: Exception, what: str) -> StreamError | ConfigError:
     """The agentrl error for one of redis-py, raised ``from`` it by the caller."""
-    text = str(error)
+    text = _reply(error)
     if isinstance(error, AuthenticationError | AuthorizationError) or text.startswith(("NOAUTH", "WRONGPASS")):
         return ConfigError(f"{what}: Redis refused the credentials: check user and password of the stream's url")
     if text.startswith("MISCONF"):
@@ -196,6 +196,11 @@ class Pauses:
             ) from error
         pause, self._next_s = self._next_s, min(2 * self._next_s, RETRY_MAX_S)
         return pause * random.uniform(0.5, 1.0)  # noqa: S311
+
+
+def _reply(error: Exception) -> str:
+    """What the server said; redis-py puts the command in front when it came through a pipeline."""
+    return str(error).rpartition("of pipeline caused error: ")[2]
 
 
 def _check_url(url: str) -> None:

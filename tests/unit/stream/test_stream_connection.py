@@ -51,6 +51,7 @@ def test_clients_never_retry_and_outwait_every_block() -> None:
         (ConnectionResetError(), True),
         (redis.exceptions.BusyLoadingError("LOADING"), True),
         (redis.ResponseError("READONLY You can't write"), True),
+        (redis.ResponseError("Command # 1 (GET a) of pipeline caused error: TRYAGAIN later"), True),
         (redis.AuthenticationError("bad"), False),
         (redis.ResponseError("MISCONF disk"), False),
         (redis.ResponseError("WRONGTYPE"), False),
