@@ -3,6 +3,7 @@
 Every per-token array is ``[T]``; entry ``t`` describes token ``t``. Nothing here knows Redis, HTTP or torch.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -156,6 +157,16 @@ class Trajectory:
     @property
     def max_version(self) -> int:
         return max((int(s.versions[s.mask].max()) for s in self.segments if s.mask.any()), default=-1)
+
+
+def content_digest(trajectory: Trajectory) -> str:
+    """``sha256:<hex>`` over ids, mask, logprobs and versions of all segments: equal digests mean equal training data."""
+    digest = hashlib.sha256(f"segments={len(trajectory.segments)}".encode())
+    for segment in trajectory.segments:
+        digest.update(b"%d:" % len(segment.ids))
+        for array, dtype in ((segment.ids, "<i4"), (segment.mask, "u1"), (segment.logprobs, "<f4"), (segment.versions, "<i4")):
+            digest.update(np.ascontiguousarray(array, dtype=dtype).tobytes())
+    return f"sha256:{digest.hexdigest()}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,13 +13,12 @@ import yaml
 from agentrl.assembly.parts import start_stream_server, stream_url
 from agentrl.config import Config, parse_config
 from agentrl.errors import ConfigError, DataError
-from agentrl.stream.codec import content_digest
 from agentrl.stream.keys import Keys
 from agentrl.stream.ledger import Ledger, read_ledger
-from agentrl.stream.server import connect
+from agentrl.stream.connection import connect
 from agentrl.telemetry.run_dir import RunDir, read_jsonl
 from agentrl.telemetry.trajectory_log import from_record, read_records
-from agentrl.types import Trajectory
+from agentrl.types import Trajectory, content_digest
 
 MAX_SHOWN = 5
 
@@ -91,7 +90,7 @@ def audit_run(root: Path) -> AuditReport:
         _fresh_enough(trained, sampled, config),
         *_acknowledged(run, config, trained, decided),
     ]
-    step = int(json.loads((checkpoint / "state.json").read_text())["version"])
+    step = int(json.loads((checkpoint / "state.json").read_text())["policy_version"])
     return AuditReport(run=str(root), step=step, trained=len(trained), checks=checks)
 
 

@@ -117,7 +117,8 @@ def _torch() -> Finding:
 
 
 def _stream_server() -> Finding:
-    from agentrl.stream.server import EmbeddedServer, check_server, connect, find_server_binary
+    from agentrl.stream.connection import check_server, connect
+    from agentrl.stream.server import EmbeddedServer, find_server_binary
 
     path, version = find_server_binary()
     with tempfile.TemporaryDirectory(prefix="agentrl-doctor-") as folder:
@@ -125,7 +126,7 @@ def _stream_server() -> Finding:
         url = server.ensure()
         try:
             with connect(url, role="doctor") as client:
-                persistence = check_server(client)
+                persistence = check_server(client).persistence
         finally:
             server.stop()
     return Finding("stream", "ok", f"{path} {version} starts and answers; durability {persistence}")

@@ -5,18 +5,35 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from types import FrameType
-from typing import Any
 
-from agentrl.assembly.parts import build_toolbox, fingerprint, load_tokenizer, run_dir_of, stream_url
+from agentrl.algorithms.losses import policy_loss_parameters
+from agentrl.assembly.parts import LEARNER_DTYPE, build_toolbox, fingerprint, load_tokenizer, run_dir_of, stream_url
 from agentrl.assembly.run import refuse_if_active
 from agentrl.config import Config, dump_config
+from agentrl.errors import StalledError
+from agentrl.learner.batching import BatchBuilder
+from agentrl.learner.checkpoint import Checkpoints
+from agentrl.learner.distributed import Team, start_team, stop_team
+from agentrl.learner.learner import Learner, LossSettings
+from agentrl.learner.loop import run_learning
+from agentrl.learner.optim import OptimizerSettings
+from agentrl.learner.weight_publisher import WeightPublisher
 from agentrl.process import die_with_parent
+from agentrl.stream.connection import check_server, connect
+from agentrl.stream.consumer import TrajectoryConsumer
+from agentrl.stream.fingerprint import check_fingerprint
+from agentrl.stream.keys import Keys
 from agentrl.telemetry.run_dir import RunDir
+from agentrl.telemetry.trackers import Tracker, open_trackers
+from agentrl.types import PolicyRecord, TrajectoryGroup
 
 log = logging.getLogger(__name__)
+
+PLACEHOLDER_URL = "http://127.0.0.1:9"
+"""The learner reads the tools' schemas and calls none."""
 
 
 def main(config: Config, arguments: Sequence[str]) -> None:
@@ -45,4 +62,151 @@ def _torchrun(ranks: int, arguments: Sequence[str]) -> int:
 
 
 def _learn(config: Config, directory: RunDir) -> None:
-    raise NotImplementedError
+    stop = _StopFlag()
+    team = start_team()
+    try:
+        learner = build_learner(config, team=team)
+        checkpoints = Checkpoints(directory.checkpoints, keep=config.learn.keep)
+        publisher = WeightPublisher(directory.weights)
+        batches = BatchBuilder(
+            groups_per_step=config.learn.groups,
+            max_staleness=config.learn.max_staleness,
+            staleness_policy=config.learn.on_stale,
+            zero_spread=config.learn.zero_spread,
+            min_group_size=min(2, config.serve.n),
+        )
+        loop = partial(
+            run_learning, batches=batches, learner=learner, checkpoints=checkpoints, publisher=publisher,
+            num_steps=config.learn.steps, save_every=config.learn.save_every, ack_at=config.queue.ack_at,
+            should_stop=lambda: stop.requested, stall_timeout_s=config.learn.stall_timeout_s, resume=config.learn.resume,
+        )  # fmt: skip
+        if not team.is_main:
+            loop(None, announce=lambda record, consumed: None)
+            return
+        with connect(stream_url(config, directory), role="learn") as client:
+            check_server(client)
+            keys = Keys(config.run.name)
+            tokenizer = load_tokenizer(config)
+            schemas = build_toolbox(config, tokenizer, sandbox_url=PLACEHOLDER_URL).schemas()
+            check_fingerprint(client, keys, "learn", fingerprint(config, tokenizer, schemas))
+            source = _Source(TrajectoryConsumer(client, keys))
+            report = _Report(config, directory)
+            version = loop(source, announce=source.announce, on_step=report.step, on_wait=report.wait)
+            report.close()
+            directory.event("learn_ended", version=version, complete=version >= config.learn.steps)
+        if version < config.learn.steps and not stop.requested:
+            raise StalledError(f"learning ended at version {version} of {config.learn.steps}")
+    finally:
+        stop_team()
+
+
+def build_learner(config: Config, *, team: Team) -> Learner:
+    """The policy with its optimizer and loss, as the config describes them."""
+    learn = config.learn
+    loss_params = {**learn.loss_params}
+    if "clip_ratio_low" in policy_loss_parameters(learn.loss):
+        loss_params = {"clip_ratio_low": learn.clip[0], "clip_ratio_high": learn.clip[1], **loss_params}
+    return Learner(
+        config.model.path,
+        team=team,
+        optimizer=OptimizerSettings(
+            lr=learn.lr,
+            betas=(learn.betas[0], learn.betas[1]),
+            weight_decay=learn.weight_decay,
+            schedule=learn.schedule,
+            warmup_steps=learn.warmup_steps,
+            num_steps=learn.steps,
+            max_grad_norm=learn.grad_clip,
+        ),
+        loss=LossSettings(
+            advantage=learn.advantage,
+            advantage_params=learn.advantage_params,
+            policy_loss=learn.loss,
+            policy_params=loss_params,
+            loss_agg_mode=learn.loss_agg,
+            old_logprobs=learn.old_logprobs,
+            is_level="token" if learn.tis_cap is not None else None,
+            is_threshold=learn.tis_cap if learn.tis_cap is not None else 2.0,
+            kl_coef=learn.kl_coef,
+            entropy_coef=learn.entropy_coef,
+            horizon=config.serve.tokens,
+        ),
+        micro_batch_tokens=learn.micro_tokens,
+        temperature=config.serve.temperature,
+        dtype=LEARNER_DTYPE[config.model.dtype],
+    )
+
+
+class _Source:
+    """The stream as the loop sees it. Admission counts groups since the stream began, the loop since its lineage did."""
+
+    def __init__(self, consumer: TrajectoryConsumer) -> None:
+        self._consumer = consumer
+        self._other_lineages: int | None = None
+
+    def acquire(self) -> int:
+        self._other_lineages = None
+        return self._consumer.acquire()
+
+    def next_group(self, timeout_s: float) -> TrajectoryGroup | None:
+        return self._consumer.next_group(timeout_s)
+
+    def commit(self, groups: Sequence[TrajectoryGroup], outcomes: Mapping[str, str]) -> None:
+        wanted = {i for group in groups for i in (*group.close.members, *group.close.failed)}
+        self._consumer.commit([group.close.id for group in groups], outcomes={i: o for i, o in outcomes.items() if i in wanted})
+
+    def report_progress(self, consumed_groups: int) -> None:
+        self._consumer.report_progress(self._since_the_stream_began(consumed_groups))
+
+    def announce(self, record: PolicyRecord, consumed_groups: int) -> None:
+        self._consumer.publish_policy(record, consumed_groups=self._since_the_stream_began(consumed_groups))
+
+    def _since_the_stream_began(self, consumed_groups: int) -> int:
+        """Groups that left the stream but are not in this lineage (after a resume from an older checkpoint, or none) count too."""
+        if self._other_lineages is None:  # the first call comes with what the checkpoint had
+            self._other_lineages = max(0, self._consumer.committed_groups - consumed_groups)
+        return consumed_groups + self._other_lineages
+
+
+class _Report:
+    """Metrics of each step, and what learn waits for, into the run directory."""
+
+    def __init__(self, config: Config, directory: RunDir) -> None:
+        self._config, self._directory = config, directory
+        self._trackers: list[Tracker] | None = None
+        self._version = 0
+
+    def step(self, metrics: Mapping[str, float]) -> None:
+        self._version = int(metrics["policy_version"])
+        if self._trackers is None:
+            self._trackers = open_trackers(
+                self._config.log.trackers, self._directory, run_name=self._config.run.name,
+                config=self._config.model_dump(mode="json", exclude={"queue"}), resumed_at=self._version - 1,
+            )  # fmt: skip
+        for tracker in self._trackers:
+            tracker.record(metrics)
+        self._status({})
+
+    def wait(self, reason: str, seconds: float) -> None:
+        self._status({reason: {"count": 1, "oldest_s": round(seconds, 1)}})
+
+    def close(self) -> None:
+        for tracker in self._trackers or []:
+            tracker.close()
+
+    def _status(self, waits: Mapping[str, Mapping[str, float]]) -> None:
+        status = {"policy_version": self._version, "wait": next(iter(waits), ""), "waits": waits}
+        self._directory.write_status("learn", status)
+
+
+class _StopFlag:
+    """SIGTERM or Ctrl-C: finish the step, checkpoint, acknowledge, leave."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        log.info("stopping after this step")
+        self.requested = True

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -22,6 +22,8 @@ from agentrl.types import Task
 
 REDIS_URL_VARIABLE = "AGENTRL_REDIS_URL"
 CODE_TOOL = "tools.code_interpreter"
+LEARNER_DTYPE: dict[str, Literal["fp32", "bf16"]] = {"float32": "fp32", "bfloat16": "bf16"}
+"""``model.dtype`` as the learner names it."""
 
 
 def run_dir_of(config: Config) -> RunDir:

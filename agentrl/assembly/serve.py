@@ -8,10 +8,11 @@ import asyncio
 import logging
 import signal
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -35,15 +36,27 @@ from agentrl.assembly.sandbox import sandbox_process
 from agentrl.config import Config, dump_config
 from agentrl.data.task_source import TaskSource
 from agentrl.rollout.agent_loop import Limits, run_rollout
+from agentrl.rollout.chat_template import ChatTemplate
+from agentrl.rollout.group import RolloutFunction
+from agentrl.rollout.reward import Scorer
+from agentrl.rollout.toolbox import Toolbox
 from agentrl.rollout.worker import RolloutWorker
-from agentrl.serving.engine_process import EmbeddedEngineSpec, EngineFleet, SGLangEngineSpec, kill_stale
+from agentrl.serving.engine_process import (
+    AttachedServers,
+    EmbeddedEngineSpec,
+    EngineFleet,
+    EngineSpec,
+    ProcessEntry,
+    SGLangEngineSpec,
+    kill_stale,
+)
 from agentrl.serving.server_manager import AsyncLLMServerManager
 from agentrl.serving.weight_reconciler import WeightReconciler
-from agentrl.stream.consumer import read_policy, read_progress
+from agentrl.stream.connection import check_server, connect, connect_async
 from agentrl.stream.fingerprint import check_fingerprint
 from agentrl.stream.keys import Keys
+from agentrl.stream.policy import read_policy, read_progress
 from agentrl.stream.producer import TrajectoryProducer
-from agentrl.stream.server import check_server, connect, connect_async
 from agentrl.supervise import current_waits, running
 from agentrl.telemetry.run_dir import RunDir
 from agentrl.telemetry.trajectory_log import TrajectoryLog
@@ -51,6 +64,7 @@ from agentrl.types import Episode, SamplingParams, Task, Trajectory
 
 log = logging.getLogger(__name__)
 
+ENGINE_ROLE = "engine-"
 STATUS_EVERY_S = 1.0
 DRAIN_LIMIT_S = 60.0
 
@@ -95,9 +109,9 @@ async def _rollouts(config: Config, directory: RunDir) -> AsyncGenerator[tuple[R
         template = build_template(config, tokenizer, toolbox)
         scorer = build_scorer(config)
         with connect(url, role="serve") as checking:
-            persistence = check_server(checking)
+            server = check_server(checking)
             check_fingerprint(checking, keys, "serve", fingerprint(config, tokenizer, toolbox.schemas()))
-        log.info("stream url=%s persistence=%s", directory.url_of("redis") or "configured", persistence)
+        log.info("stream server=%s %s durability=%s", server.name, server.version, server.persistence)
         client = connect_async(url, role="serve")
         trajectory_log = TrajectoryLog(directory.trajectories) if config.log.trajectories == "all" else None
         try:
@@ -105,7 +119,7 @@ async def _rollouts(config: Config, directory: RunDir) -> AsyncGenerator[tuple[R
                 producer = TrajectoryProducer(client, keys, max_items=config.max_items, max_bytes=config.queue.max_bytes)
                 reconciler = WeightReconciler(
                     manager, read_policy=partial(read_policy, client, keys), mode=config.serve.weight_sync,
-                    on_update=lambda update: directory.event("weights_updated", **update.to_json()),
+                    on_update=lambda update: directory.event("weights_updated", **asdict(update)),
                 )  # fmt: skip
                 meter = _TokenMeter()
 
@@ -128,6 +142,10 @@ async def _rollouts(config: Config, directory: RunDir) -> AsyncGenerator[tuple[R
                     group_timeout_s=config.serve.group_timeout_s,
                     attempts=config.serve.attempts,
                     on_trajectory=on_trajectory,
+                    on_failure=lambda rollout_id, error: directory.event(
+                        "rollout_failed", id=rollout_id, kind=error.kind, error=str(error)
+                    ),
+                    paused=toolbox.blocked,
                 )
                 async with running(reconciler=reconciler.run()):
                     yield worker, lambda: _status(worker, manager, meter, toolbox.stats())
@@ -141,12 +159,13 @@ async def _rollouts(config: Config, directory: RunDir) -> AsyncGenerator[tuple[R
 def rollout_function(
     config: Config,
     manager: AsyncLLMServerManager,
-    template: Any,
-    toolbox: Any,
-    scorer: Any,
+    template: ChatTemplate,
+    toolbox: Toolbox,
+    scorer: Scorer,
     *,
     sampling: SamplingParams | None = None,
-) -> Callable[..., Awaitable[Any]]:
+    require_versions: bool = True,
+) -> RolloutFunction:
     """One rollout with everything but the task bound."""
     limits = Limits(
         max_turns=config.serve.turns,
@@ -165,7 +184,9 @@ def rollout_function(
         top_k=config.serve.top_k,
     )
 
-    async def rollout(task: Task, trajectory_id: str, group_id: str, ordinal: int, sample_index: int, attempt: int) -> Any:
+    async def rollout(
+        task: Task, trajectory_id: str, group_id: str, ordinal: int, sample_index: int, attempt: int
+    ) -> tuple[Trajectory, Episode | None]:
         return await run_rollout(
             task,
             loop=task.agent or config.serve.agent,
@@ -181,6 +202,8 @@ def rollout_function(
             sample_index=sample_index,
             attempt=attempt,
             env_name=env_name(config),
+            parser=config.serve.parser,
+            require_versions=require_versions,
         )
 
     return rollout
@@ -189,39 +212,40 @@ def rollout_function(
 @asynccontextmanager
 async def engines(config: Config, directory: RunDir, *, model_path: str) -> AsyncGenerator[AsyncLLMServerManager]:
     """The manager over running servers: attached ones, or engine processes that are started, watched and stopped here."""
-    kill_stale([e for e in directory.recorded_processes() if e["role"].startswith("engine-")])
+    left_behind = [e for e in directory.recorded_processes() if e["role"].startswith(ENGINE_ROLE)]
+    await asyncio.to_thread(kill_stale, [{"role": "engine", "pid": e["pid"], "started": e["created"]} for e in left_behind])
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         manager = AsyncLLMServerManager(session=session, seed=config.run.seed, vocab_size=vocab_size_of(model_path))
         async with manager:
-            if config.serve.urls:
-                for url in config.serve.urls:
-                    await manager.add_server(url, api_key=config.serve.api_key, admin_key=config.serve.admin_key)
-                yield manager
-                return
-            fleet = EngineFleet(
-                _engine_spec(config, model_path),
-                replicas=config.serve.replicas,
-                manager=manager,
-                log_dir=directory.logs,
-                on_change=lambda entries: directory.update_processes(drop_prefix="engine-", add=entries),
-            )
-            async with fleet, running(fleet=fleet.watch()):
+            fleet = _fleet(config, directory, manager, model_path)
+            async with running(health=manager.run(), fleet=fleet.run()):
                 yield manager
 
 
-def _engine_spec(config: Config, model_path: str) -> EmbeddedEngineSpec | SGLangEngineSpec:
-    if config.serve.engine == "sglang":
-        return SGLangEngineSpec(
-            model_path=model_path, command=config.serve.sglang_command, extra_args=config.serve.sglang_args, dtype=config.model.dtype
-        )
+def _fleet(config: Config, directory: RunDir, manager: AsyncLLMServerManager, model_path: str) -> EngineFleet | AttachedServers:
+    def record(processes: Sequence[ProcessEntry]) -> None:
+        entries = [{"role": Path(p["log"]).stem, "pid": p["pid"], "url": p["url"]} for p in processes if p["pid"] is not None]
+        directory.update_processes(drop_prefix=ENGINE_ROLE, add=entries)
+
+    serve = config.serve
+    if serve.urls:
+        return AttachedServers(serve.urls, manager=manager, api_key=serve.api_key, admin_key=serve.admin_key)
+    spec = _engine_spec(config, model_path)
+    return EngineFleet(
+        [spec] * serve.replicas, manager=manager, log_dir=directory.logs, omp_threads=serve.engine_threads, on_change=record
+    )
+
+
+def _engine_spec(config: Config, model_path: str) -> EngineSpec:
+    serve = config.serve
+    if serve.engine == "sglang":
+        return SGLangEngineSpec(model_path=model_path, command_prefix=serve.sglang_command, extra_args=serve.sglang_args)
     return EmbeddedEngineSpec(
         model_path=model_path,
-        device=config.serve.device,
+        device=None if serve.device == "auto" else serve.device,
         dtype=config.model.dtype,
-        max_running_requests=config.serve.engine_requests,
-        num_blocks=config.serve.engine_blocks,
-        threads=config.serve.engine_threads,
-        seed=config.run.seed,
+        max_running_requests=serve.engine_requests,
+        extra_args=["--num-blocks", str(serve.engine_blocks), "--seed", str(config.run.seed)],
     )
 
 
@@ -238,7 +262,7 @@ def _status(worker: RolloutWorker, manager: AsyncLLMServerManager, meter: "_Toke
         "wait": next(iter(waits), ""),
         "waits": waits,
         "tokens_per_s": round(meter.rate(), 1),
-        "engines": [server.to_json() for server in manager.stats()],
+        "engines": [asdict(server) for server in manager.stats()],
         "tools": tools,
     }
 

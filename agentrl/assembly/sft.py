@@ -1,19 +1,21 @@
 """``agentrl sft``: the cold start, with the learner's own machinery."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from agentrl.assembly.parts import run_dir_of
+from agentrl.assembly.parts import LEARNER_DTYPE, run_dir_of
 from agentrl.config import Config
 from agentrl.data.conversations import read_conversations
 from agentrl.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
+LOG_EVERY = 20
+
 
 def run_sft_from_config(
-    config: Config, *, model_path: str | None = None, steps: int | None = None, on_step: Callable[[int, float], None] | None = None
+    config: Config, *, model_path: str | None = None, steps: int | None = None, on_step: Callable[[Mapping[str, float]], None] | None = None
 ) -> Path:
     """Supervised steps on ``data.sft``; returns the folder of the trained model.
 
@@ -40,11 +42,16 @@ def run_sft_from_config(
         weight_decay=s.weight_decay,
         warmup_steps=s.warmup_steps,
         decay_fraction=s.decay_fraction,
-        grad_clip=s.grad_clip,
-        micro_tokens=s.micro_tokens,
+        max_grad_norm=s.grad_clip,
+        micro_batch_tokens=s.micro_tokens,
         shuffle=s.shuffle,
         seed=config.run.seed,
-        dtype=config.model.dtype,
-        on_step=on_step or (lambda step, loss: log.info("sft step=%d loss=%.4f", step, loss) if step % 20 == 0 else None),
+        dtype=LEARNER_DTYPE[config.model.dtype],
+        on_step=on_step or _log_step,
     )
     return out
+
+
+def _log_step(metrics: Mapping[str, float]) -> None:
+    if int(metrics["step"]) % LOG_EVERY == 0:
+        log.info("sft step=%d loss=%.4f tokens_per_s=%.0f", metrics["step"], metrics["sft/loss"], metrics["perf/throughput"])

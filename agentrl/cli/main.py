@@ -182,7 +182,7 @@ def ledger(run: RunPath, as_json: AsJson = False) -> None:
     from agentrl.assembly.audit import ledger_of
 
     book = ledger_of(run)
-    print(json.dumps(book.to_json(), indent=1) if as_json else book.text())
+    print(book.to_json() if as_json else book.table())
     raise typer.Exit(0 if book.closes else 1)
 
 

@@ -88,11 +88,11 @@ def prepare(config: Config, directory: RunDir) -> Config:
     conversations = (config.sft.steps + (MAX_COLD_STARTS - 1) * EXTRA_SFT_STEPS) * SFT_CONVERSATIONS_PER_STEP
     seed = config.run.seed
     data = directory.root / "data"
-    load_object("envs.arithmetic:prepare")(data, seed=seed, sft=True, sft_conversations=conversations, val=config.eval.n)
+    load_object("envs.arithmetic:prepare")(data, seed=seed, sft=True, sft_rows=conversations, val=config.eval.n)
     load_object("envs.arithmetic_model:make_scratch_model")(directory.root / "scratch", seed=seed)
     values = config.model_dump(mode="json")
     values["run"].update(name=directory.root.name, dir=str(directory.root.parent))
-    values["data"].update(train=str(data / "train.parquet"), val=str(data / "test.parquet"), sft=str(data / "sft.jsonl"))
+    values["data"].update(train=str(data / "train.parquet"), val=str(data / "val.parquet"), sft=str(data / "sft.jsonl"))
     values["model"]["path"] = str(directory.root / "scratch")
     return Config.model_validate(values)
 
@@ -103,7 +103,7 @@ def cold_start(config: Config, directory: RunDir, console: Console) -> list[dict
     for _ in range(MAX_COLD_STARTS):
         with _progress(console) as progress:
             task = progress.add_task("cold start", total=steps)
-            out = run_sft_from_config(config, steps=steps, on_step=lambda step, loss, t=task, p=progress: p.update(t, completed=step))
+            out = run_sft_from_config(config, steps=steps, on_step=lambda m, t=task, p=progress: p.update(t, completed=m["step"]))
         results = evaluate_model(config, directory, model_path=str(out), modes=MODES)
         if results[1]["success"] >= MIN_SAMPLED_SUCCESS:
             return results

@@ -87,8 +87,8 @@ class RunView:
                 table.add_column(column)
             for e in engines:
                 table.add_row(
-                    str(e.get("url", "")), str(e.get("version", "")), str(e.get("requests", 0)),
-                    f"{e.get('cached_ratio', 0):.0%}", f"{e.get('p50_ms', 0):.0f}",
+                    str(e["url"]), str(e["version"] or e["state"]), str(e["requests_in_flight"]),
+                    f"{e['cached_token_ratio']:.0%}", f"{e['p50_ms'] or 0:.0f}",
                 )
             lines.append(table)
         waits = [f"{name} waits for {s['wait']}" for name, s in (("serve", serve), ("learn", learn)) if s.get("wait")]

@@ -149,9 +149,9 @@ class QueueConfig(Section):
     url: str = Field(default="embedded", repr=False)
     """``embedded`` starts a real server inside the run folder; or ``redis://``, ``rediss://``, ``unix://``."""
     max_items: PositiveInt | None = None
-    """Entries the stream may hold; a full stream stops generation. Default: derived from the batch and the checkpoint interval."""
+    """Entries that may wait for the learner; a full stream stops generation. Default: the pipeline's size."""
     max_bytes: PositiveInt = 1 << 30
-    """Bytes the stream may hold."""
+    """Bytes the stream may hold, entries that wait for a checkpoint included."""
     ack_at: Literal["checkpoint", "step"] = "checkpoint"
     """``checkpoint``: exactly once for the weights that survive. ``step``: a crash forgets what was trained since the last one."""
 
@@ -325,22 +325,9 @@ class Config(Section):
     def _check(self) -> "Config":
         if self.env is not None and self.reward.fn is not None:
             raise ValueError("give either env or reward.fn, not both: each would decide the reward")
-        if self.queue.max_items is not None and self.queue.ack_at == "checkpoint" and self.queue.max_items < self.needed_items:
-            raise ValueError(
-                f"queue.max_items={self.queue.max_items} is below {self.needed_items}, the entries that stay on the stream between "
-                f"two checkpoints ({self.learn.save_every} + {self.learn.pipeline_depth + 2} batches of {self.learn.groups} groups "
-                f"x ({self.serve.n} + 1)): serve and learn would wait for each other for ever. "
-                "Raise queue.max_items, lower learn.save_every, or set queue.ack_at=step"
-            )
         return self
 
     @property
-    def needed_items(self) -> int:
-        """Entries on the stream at once, at most: unacknowledged since the last checkpoint, plus the pipeline."""
-        held_steps = self.learn.save_every if self.queue.ack_at == "checkpoint" else 1
-        return (held_steps + self.learn.pipeline_depth + 2) * self.learn.groups * (self.serve.n + 1)
-
-    @property
     def max_items(self) -> int:
-        """The stream's bound. Twice what is needed, because dropped groups stay unacknowledged until the next checkpoint too."""
-        return self.queue.max_items or 2 * self.needed_items
+        """The stream's bound: room for the whole pipeline, because admission already bounds what is generated ahead."""
+        return self.queue.max_items or (self.learn.pipeline_depth + 2) * self.learn.groups * (self.serve.n + 1)

@@ -9,7 +9,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from typing import Literal
 
 import numpy as np
@@ -62,16 +61,6 @@ class StepBatch:
     @property
     def num_trained(self) -> int:
         return sum(row.is_trained for row in self.rows)
-
-
-def trajectory_digest(trajectory: Trajectory) -> str:
-    """16 bytes of blake2b over what is trained on: the id, tokens, masks, logprobs and the reward."""
-    digest = blake2b(trajectory.id.encode(), digest_size=16)
-    for segment in trajectory.segments:
-        for array, dtype in ((segment.ids, "<i4"), (segment.mask, "|b1"), (segment.logprobs, "<f4")):
-            digest.update(np.ascontiguousarray(array, dtype=dtype).tobytes())
-    digest.update(np.float64(trajectory.reward).tobytes())
-    return digest.hexdigest()
 
 
 class BatchBuilder:

@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
 from agentrl.errors import StalledError
-from agentrl.learner.batching import BatchBuilder, StepBatch, trajectory_digest
+from agentrl.learner.batching import BatchBuilder, StepBatch
 from agentrl.learner.checkpoint import Checkpoints, Consumed
 from agentrl.learner.learner import Learner
 from agentrl.learner.weight_publisher import WeightPublisher
-from agentrl.types import PolicyRecord, TrajectoryGroup
+from agentrl.types import PolicyRecord, TrajectoryGroup, content_digest
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def run_learning(
         save_every: steps between checkpoints; one more is written at the end.
         ack_at: ``checkpoint`` acknowledges behind the checkpoint (nothing lost, nothing twice; the stream must hold all entries of
             an interval). ``step`` acknowledges after each step: a kill loses what was trained since the last checkpoint.
-        on_step: gets each step's metrics, after its publish and checkpoint.
+        on_step: gets each step's metrics, after its publish; ``timing_s/checkpoint`` is that of the checkpoint before the step.
         should_stop: asked between steps and while waiting; True ends the run with a checkpoint.
         stall_timeout_s: quiet seconds after which waiting for a group is an error; None waits for ever, and says so.
         resume: see `Checkpoints.load`.
@@ -105,10 +105,11 @@ def run_learning(
             if batch is None:
                 break
             metrics = run.learn(batch)
+            if on_step is not None:
+                # Before the checkpoint: a kill in between repeats a step's metrics, where the other order would leave a hole.
+                on_step(metrics | run.take_timings())
             if learner.policy_version % save_every == 0:
                 run.checkpoint()
-            if on_step is not None:
-                on_step(metrics | run.take_timings())
     except StalledError:
         run.finish()
         raise
@@ -258,7 +259,7 @@ class _Run:
         outcomes = dict(batch.outcomes)
         if was_skipped:
             outcomes = {i: "failed:nonfinite_gradient" if o == "trained" else o for i, o in outcomes.items()}
-        digests = {t.id: trajectory_digest(t) for group in batch.groups for t in group}
+        digests = {t.id: content_digest(t) for group in batch.groups for t in group}
         step = self._learner.policy_version
         self._unsaved += [Consumed(id=i, step=step, outcome=o, digest=digests.get(i, "")) for i, o in outcomes.items()]
         self._totals.update(o.partition(":")[0] for o in outcomes.values())

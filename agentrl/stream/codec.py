@@ -13,7 +13,6 @@ sampled (mask True) has a finite logprob <= ``MAX_LOGPROB`` and a version >= 0; 
 version -1; the prompt holds no sampled token; rewards are finite; turns lie inside their segment.
 """
 
-import hashlib
 import math
 import struct
 import threading
@@ -128,21 +127,6 @@ def decode(data: bytes) -> Trajectory | GroupClose:
     if kind == _KIND_CLOSE:
         return _decode_close(header, buffers)
     return _decode_trajectory(header, buffers)
-
-
-def content_digest(trajectory: Trajectory) -> str:
-    """``sha256:<hex>`` over ids, mask, logprobs and versions of all segments: equal digests mean equal training data."""
-    digest = hashlib.sha256(f"{_LAYOUT} segments={len(trajectory.segments)}".encode())
-    for segment in trajectory.segments:
-        digest.update(b"%d:" % len(segment.ids))
-        for array, dtype in (
-            (segment.ids, "<i4"),
-            (segment.mask, "u1"),
-            (segment.logprobs, "<f4"),
-            (segment.versions, "<i4"),
-        ):
-            digest.update(np.ascontiguousarray(array, dtype=dtype).tobytes())
-    return f"sha256:{digest.hexdigest()}"
 
 
 # -- frame ------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from learner_rig import batch_of, close, random_group, segment, trajectory
 
 from agentrl.errors import ConfigError
-from agentrl.learner.batching import BatchBuilder, trajectory_digest
+from agentrl.learner.batching import BatchBuilder
 from agentrl.types import TrajectoryGroup
 
 
@@ -163,9 +163,3 @@ def test_every_member_has_one_outcome_and_the_counts_close(
     assert sum(batch.counts[f"tokens/{cause}"] for cause in causes) == sum(t.num_sampled for g in groups for t in g)
     assert batch.num_trained == batch.counts["trajectories/trained"]
     assert {row.group for row in batch.rows} == set(range(int(batch.counts["groups/trained"])))
-
-
-def test_the_digest_depends_on_what_is_trained_on() -> None:
-    t = random_group(0).trajectories[0]
-    assert trajectory_digest(t) == trajectory_digest(dataclasses.replace(t, finished=99.0))
-    assert trajectory_digest(t) != trajectory_digest(dataclasses.replace(t, reward=t.reward + 1))
