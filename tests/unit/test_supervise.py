@@ -84,9 +84,8 @@ async def test_a_timeout_error_from_inside_is_not_taken_for_our_deadline() -> No
 @pytest.mark.asyncio
 async def test_of_nested_deadlines_the_one_that_passed_is_named() -> None:
     with pytest.raises(DeadlineExceeded, match="rollout"):
-        async with deadline(0.01, "rollout"):
-            async with deadline(10, "turn"):
-                await forever()
+        async with deadline(0.01, "rollout"), deadline(10, "turn"):
+            await forever()
 
 
 def test_waits_are_counted_by_reason_and_end_with_the_block() -> None:

@@ -195,11 +195,13 @@ async def test_a_tool_that_does_not_open_in_time_is_infrastructure(project: Path
 @pytest.mark.asyncio
 async def test_a_stateful_tool_lives_as_long_as_the_trajectory_and_apart_from_its_siblings(project: Path) -> None:
     box = make(project, {"class_name": "mytools.Counter", "config": {"type": "native", "start": 10}})
-    async with box.session(task=TASK, trajectory_id="a", sample_index=0) as a:
-        async with box.session(task=TASK, trajectory_id="b", sample_index=1) as b:
-            first = await a.run([call("counter"), call("counter", step=5)])
-            assert [r.text for r in await b.run([call("counter")])] == ["11"]
-            second = await a.run([call("counter")], turn=1)
+    async with (
+        box.session(task=TASK, trajectory_id="a", sample_index=0) as a,
+        box.session(task=TASK, trajectory_id="b", sample_index=1) as b,
+    ):
+        first = await a.run([call("counter"), call("counter", step=5)])
+        assert [r.text for r in await b.run([call("counter")])] == ["11"]
+        second = await a.run([call("counter")], turn=1)
     assert [r.text for r in first + second] == ["11", "16", "17"]
     assert sum(r.reward or 0 for r in first + second) == 0.75
     assert log_of(project) == [("open", "a"), ("open", "b"), ("close", 11), ("close", 17)]
