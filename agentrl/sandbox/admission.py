@@ -71,7 +71,7 @@ class Admission:
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
                 self._release(turn.result())
-            else:
+            elif turn in self._waiting:  # else a release has already passed it over
                 self._waiting.remove(turn)
             raise
 

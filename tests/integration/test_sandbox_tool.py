@@ -1,0 +1,71 @@
+"""The code interpreter against the real service: the same behaviour as against the shipped double."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Generator
+
+import pytest
+import pytest_asyncio
+from sandbox_harness import Service, running_service
+
+from agentrl.errors import SandboxError
+from agentrl.protocols import ToolContext
+from agentrl.testing.fake_sandbox import FakeSandbox
+from tools.code_interpreter import CodeInterpreter
+
+
+@pytest.fixture(scope="module")
+def service() -> Generator[Service, None, None]:
+    try:
+        with running_service(memory_limit_mb=256) as running:
+            yield running
+    except RuntimeError as error:
+        pytest.skip(f"no tier isolates on this machine: {error}")
+
+
+@pytest_asyncio.fixture(params=["service", "fake"])
+async def tool(request: pytest.FixtureRequest, service: Service) -> AsyncGenerator[CodeInterpreter, None]:
+    async with FakeSandbox() as fake:
+        url = service.url if request.param == "service" else fake.url
+        made = CodeInterpreter(url=url, default_timeout=1.5, memory_limit_mb=128)
+        await made.open(ToolContext(trajectory_id="t", task_id="k", sample_index=0))
+        yield made
+        await made.close()
+
+
+@pytest.mark.asyncio
+async def test_programs_answer_alike(tool: CodeInterpreter) -> None:
+    assert await tool.call(code="sum(range(10))") == "45"
+    assert await tool.call(code="print('é漢')\n'ž'") == "é漢\n'ž'"
+    assert "printed nothing" in await tool.call(code="pass")
+    error = await tool.call(code="def f():\n    raise KeyError('k')\nf()")
+    assert error.splitlines()[-1] == "KeyError: 'k'"
+    assert "line 2, in f" in error
+    assert await tool.call(code="import sys; sys.exit('why')") == "why"
+
+
+@pytest.mark.asyncio
+async def test_timeouts_are_text_and_other_calls_go_on_meanwhile(tool: CodeInterpreter) -> None:
+    slow, quick = await asyncio.gather(tool.call(code="import time; time.sleep(60)"), tool.call(code="2 + 2"))
+    assert slow == "Timeout: the code did not finish within 1.5 seconds."
+    assert quick == "4"
+
+
+@pytest.mark.asyncio
+async def test_memory_is_the_models_error_on_the_real_service(service: Service) -> None:
+    made = CodeInterpreter(url=service.url, memory_limit_mb=128)
+    assert (await made.call(code="x = bytearray(1 << 28)")).endswith("MemoryError")
+    many = "import os, time\nfor _ in range(8):\n    if os.fork() == 0:\n        x = os.urandom(60 << 20); time.sleep(9)\ntime.sleep(9)"
+    if service.request("/health").body["tier"] == "zygote":
+        assert await made.call(code=many) == "Out of memory: the code used more than 128 MiB."
+    await made.close()
+
+
+@pytest.mark.asyncio
+async def test_a_token_opens_the_service_and_its_absence_is_infrastructure() -> None:
+    with running_service(token="abc") as guarded:
+        inside, outside = CodeInterpreter(url=guarded.url, token="abc"), CodeInterpreter(url=guarded.url)
+        assert await inside.call(code="1") == "1"
+        with pytest.raises(SandboxError, match="401"):
+            await outside.call(code="1")
+        await inside.close()
+        await outside.close()
