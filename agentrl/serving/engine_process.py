@@ -5,6 +5,8 @@ engine that exits is started again on its port with backoff; the manager learns 
 server, so it takes no traffic before the reconciler has brought it to the policy. Waits: for an engine to answer
 (``start_timeout_s``), for it to exit, and between restarts (``backoff_s``); an engine that keeps dying ends the fleet
 with ``StalledError`` and the tail of its log.
+
+Run it in the main thread: the kernel ends an engine when the *thread* that started it is gone.
 """
 
 import asyncio

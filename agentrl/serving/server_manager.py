@@ -33,6 +33,7 @@ from agentrl.protocols import Generator
 from agentrl.serving.routing import Candidate, Overload, choose_server
 from agentrl.serving.server_state import CircuitBreaker, Server, ServerState, ServerStats, Totals, Visit
 from agentrl.serving.sglang_client import EngineBusy, EngineRejected, EngineUnavailable, PartialGeneration, SGLangClient
+from agentrl.supervise import waiting
 from agentrl.types import Generation, SamplingParams
 
 log = logging.getLogger(__name__)
@@ -457,12 +458,13 @@ class AsyncLLMServerManager(Generator):
             scope=scope,
         )
         try:
-            async with scope:
-                server.visits.add(visit)
-                server.idle.clear()
-                server.tokens_in_flight += cost
-                server.breaker.start()
-                yield visit
+            with waiting("server"):
+                async with scope:
+                    server.visits.add(visit)
+                    server.idle.clear()
+                    server.tokens_in_flight += cost
+                    server.breaker.start()
+                    yield visit
         except asyncio.CancelledError:
             if self._made_no_progress(server, visit, loop.time()):
                 server.breaker.failed(loop.time())
@@ -498,7 +500,7 @@ class AsyncLLMServerManager(Generator):
                 return self._choose(preferred, call)
             reason = self._why_none()
             call.waits_for = reason
-            with self._counted_as_parked(reason):
+            with self._counted_as_parked(reason), waiting(reason):
                 await self._park(limit_s=min(self._next_retry_in_s() or _LOOK_AGAIN_S, _LOOK_AGAIN_S))
 
     def _choose(self, servers: Sequence[Server], call: _Call) -> Server:

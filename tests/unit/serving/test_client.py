@@ -1,7 +1,7 @@
 """SGLangClient against the fake server and against hand-written streams."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,13 @@ TEN = SamplingParams(max_new_tokens=10)
 
 
 @asynccontextmanager
-async def client_of(url: str, **options: Any) -> AsyncIterator[SGLangClient]:
+async def client_of(url: str, **options: Any) -> AsyncGenerator[SGLangClient, None]:
     async with aiohttp.ClientSession() as session:
         yield SGLangClient(url, session=session, **options)
 
 
 @asynccontextmanager
-async def serving(handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> AsyncIterator[str]:
+async def serving(handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> AsyncGenerator[str, None]:
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", handler)
     runner = web.AppRunner(app, access_log=None)

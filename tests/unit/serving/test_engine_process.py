@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,7 +54,7 @@ def fake_spec() -> SGLangEngineSpec:
 @asynccontextmanager
 async def running(
     specs: list[Any], tmp_path: Path, **options: Any
-) -> AsyncIterator[tuple[AsyncLLMServerManager, EngineFleet, list[list[ProcessEntry]]]]:
+) -> AsyncGenerator[tuple[AsyncLLMServerManager, EngineFleet, list[list[ProcessEntry]]], None]:
     changes: list[list[ProcessEntry]] = []
     async with AsyncLLMServerManager() as manager:
         fleet = EngineFleet(

@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -22,7 +22,7 @@ V0, V1 = "e1-v0", "e1-v1"
 @asynccontextmanager
 async def fleet(
     num_servers: int, *, label: str = V0, latency_s: float = 0.0, verify: bool = True, **options: Any
-) -> AsyncIterator[tuple[AsyncLLMServerManager, list[FakeSGLang]]]:
+) -> AsyncGenerator[tuple[AsyncLLMServerManager, list[FakeSGLang]], None]:
     """Servers that report ``label`` and a manager that requires it."""
     servers = [FakeSGLang(label=label, token_latency_s=latency_s) for _ in range(num_servers)]
     async with AsyncLLMServerManager(**options) as manager:
@@ -180,7 +180,7 @@ async def test_attempts_are_bounded() -> None:
 
 @pytest.mark.asyncio
 async def test_the_members_of_a_group_share_a_server_and_later_turns_stay_there() -> None:
-    async with fleet(4, latency_s=0.0005) as (manager, servers):
+    async with fleet(4, latency_s=0.0005) as (manager, _):
         async with asyncio.TaskGroup() as tasks:
             first = [
                 tasks.create_task(ask(manager, trajectory=f"{group}/{member}", group=group))
@@ -280,7 +280,7 @@ async def test_the_health_loop_notices_a_restart_before_any_request() -> None:
 
 @pytest.mark.asyncio
 async def test_an_unreachable_server_loses_its_requests_to_others_and_returns_when_it_answers() -> None:
-    options = {"probe_every_s": 0.01, "probe_timeout_s": 0.5, "unhealthy_after": 2}
+    options: dict[str, Any] = {"probe_every_s": 0.01, "probe_timeout_s": 0.5, "unhealthy_after": 2}
     async with fleet(2, **options) as (manager, servers), asyncio.TaskGroup() as tasks:
         health = tasks.create_task(manager.run())
         await servers[0].kill()
@@ -392,7 +392,7 @@ async def test_a_server_never_holds_more_requests_than_it_may() -> None:
 @pytest.mark.parametrize("seed", range(4))
 async def test_counters_return_to_zero_after_a_storm_of_cancellations(seed: int) -> None:
     rng = random.Random(seed)
-    options = {"max_requests_per_server": 4, "breaker_reset_s": 0.01, "max_attempts": 50}
+    options: dict[str, Any] = {"max_requests_per_server": 4, "breaker_reset_s": 0.01, "max_attempts": 50}
     async with fleet(3, latency_s=0.001, **options) as (manager, servers):
 
         async def rollout(index: int) -> None:
@@ -428,7 +428,7 @@ async def test_counters_return_to_zero_after_a_storm_of_cancellations(seed: int)
 
 @pytest.mark.asyncio
 async def test_stats_count_tokens_latency_and_cache() -> None:
-    async with fleet(1) as (manager, servers):
+    async with fleet(1) as (manager, _):
         prompt = list(range(100, 164))
         first = await ask(manager, prompt=prompt)
         second = await ask(manager, prompt=prompt)

@@ -1,7 +1,7 @@
 """WeightReconciler against fake servers: what is loaded, verified, resumed, refused and retried."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import pytest
 from agentrl.errors import StreamError
 from agentrl.serving.digest import weights_digest
 from agentrl.serving.server_manager import NO_POLICY, AsyncLLMServerManager
-from agentrl.serving.weight_reconciler import UpdateMode, WeightReconciler
+from agentrl.serving.weight_reconciler import UpdateMode, WeightReconciler, WeightUpdate
 from agentrl.testing.fake_sglang import FakeSGLang, pseudo_tokens
 from agentrl.types import Generation, PolicyRecord, SamplingParams
 
@@ -45,7 +45,7 @@ class Policies:
 @asynccontextmanager
 async def reconciled(
     tmp_path: Path, num_servers: int, *, mode: UpdateMode = "in_place", latency_s: float = 0.0, **options: Any
-) -> AsyncIterator[tuple[AsyncLLMServerManager, list[FakeSGLang], Policies, WeightReconciler]]:
+) -> AsyncGenerator[tuple[AsyncLLMServerManager, list[FakeSGLang], Policies, WeightReconciler], None]:
     servers = [FakeSGLang(token_latency_s=latency_s) for _ in range(num_servers)]
     policies = Policies(tmp_path)
     async with AsyncLLMServerManager() as manager, asyncio.TaskGroup() as group:
@@ -302,7 +302,11 @@ async def test_a_hung_update_ends_at_its_limit_and_requests_move(tmp_path: Path)
 @pytest.mark.asyncio
 async def test_every_update_is_reported(tmp_path: Path) -> None:
     seen: list[tuple[str, int]] = []
-    async with reconciled(tmp_path, 2, on_update=lambda update: seen.append((update.url, update.version))) as (
+
+    def note(update: WeightUpdate) -> None:
+        seen.append((update.url, update.version))
+
+    async with reconciled(tmp_path, 2, on_update=note) as (
         _,
         servers,
         policies,
