@@ -146,8 +146,14 @@ class RolloutState:
         self.num_turns += 1
         self.builder.add_turn(
             Turn(
-                kind="model", segment=self.builder.segment, start=start, end=end, ms=ms, server=generation.server,
-                finish=generation.finish, text=text,
+                kind="model",
+                segment=self.builder.segment,
+                start=start,
+                end=end,
+                ms=ms,
+                server=generation.server,
+                finish=generation.finish,
+                text=text,
             )  # fmt: skip
         )
         return SampledTurn(text, is_cut=generation.finish == "length")
@@ -189,9 +195,16 @@ class RolloutState:
     def _record(self, observation: Observation, start: int, end: int) -> None:
         self.builder.add_turn(
             Turn(
-                kind="tool", segment=self.builder.segment, start=start, end=end, ms=observation.ms, name=observation.name,
+                kind="tool",
+                segment=self.builder.segment,
+                start=start,
+                end=end,
+                ms=observation.ms,
+                name=observation.name,
                 arguments=json.dumps(observation.arguments, ensure_ascii=False) if observation.name else observation.raw,
-                ok=observation.ok, error_kind=observation.error_kind, text=observation.text,
+                ok=observation.ok,
+                error_kind=observation.error_kind,
+                text=observation.text,
             )  # fmt: skip
         )
         self.calls.append(
@@ -364,4 +377,3 @@ async def _play(play: AgentLoop, state: RolloutState) -> Stop:
         if is_own and state.builder.num_sampled:
             return "deadline"
         raise
-

@@ -127,9 +127,7 @@ async def run_group(
         group_id=group_id, task_id=task.id, ordinal=ordinal, size=plan.size, members=tuple(ends.put), failed=ends.failed
     )
     if ends.failed:
-        logger.info(
-            "group_closed group=%s finished=%d of=%d failed=%s", group_id, len(ends.put), plan.size, summary(ends.failed)
-        )
+        logger.info("group_closed group=%s finished=%d of=%d failed=%s", group_id, len(ends.put), plan.size, summary(ends.failed))
     with waiting("stream"):
         await sink.close_group(close)
     return close

@@ -152,7 +152,9 @@ def schema_of(function: Callable[..., Any], *, name: str, description: str = "",
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
             raise ConfigError(f"{where}: parameter `{parameter.name}` cannot be passed by name; tools are called with keywords")
         if parameter.name not in hints:
-            logger.warning("tool_parameter_untyped tool=%s parameter=%s: add a type hint, so that it is checked", name, parameter.name)
+            logger.warning(
+                "tool_parameter_untyped tool=%s parameter=%s: add a type hint, so that it is checked", name, parameter.name
+            )
         if parameter.name not in described:
             logger.info("tool_parameter_undescribed tool=%s parameter=%s: add it under Args:", name, parameter.name)
         default = ... if parameter.default is parameter.empty else parameter.default

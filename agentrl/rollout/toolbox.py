@@ -333,7 +333,9 @@ class ToolSession:
         except ArgumentError as error:
             declared.stats.count_refused()
             text = f"Error: {error}"
-            return Observation(name=call.name, text=text, ok=False, error_kind="arguments", arguments=call.arguments, raw=call.raw)
+            return Observation(
+                name=call.name, text=text, ok=False, error_kind="arguments", arguments=call.arguments, raw=call.raw
+            )
         lock = self._locks[call.name] if declared.is_stateful else contextlib.nullcontext()
         with waiting(f"tool:{call.name}"):
             async with lock, declared.places:
@@ -646,7 +648,9 @@ def _declare(
         return _declare_class(target, entry, config, name, limits, reference, oracle, at)
     if inspect.isroutine(target):
         return _declare_function(target, entry, config, name, limits, reference, oracle, at)
-    raise ConfigError(f"{at}: `{reference}` is neither a function nor a class with `call` (or verl's `create`, `execute`, `release`)")
+    raise ConfigError(
+        f"{at}: `{reference}` is neither a function nor a class with `call` (or verl's `create`, `execute`, `release`)"
+    )
 
 
 def _default_name(target: Any, entry: Mapping[str, Any]) -> str:
@@ -662,7 +666,14 @@ def _default_name(target: Any, entry: Mapping[str, Any]) -> str:
 
 
 def _declare_function(
-    target: Any, entry: Mapping[str, Any], config: dict[str, Any], name: str, limits: ToolLimits, reference: str, oracle: bool, at: str
+    target: Any,
+    entry: Mapping[str, Any],
+    config: dict[str, Any],
+    name: str,
+    limits: ToolLimits,
+    reference: str,
+    oracle: bool,
+    at: str,
 ) -> DeclaredTool:
     if config:
         raise ConfigError(f"{at}: `{reference}` is a function and takes no `config`; write a Tool class for settings")
@@ -679,7 +690,14 @@ def _declare_function(
 
 
 def _declare_class(
-    target: Any, entry: Mapping[str, Any], config: dict[str, Any], name: str, limits: ToolLimits, reference: str, oracle: bool, at: str
+    target: Any,
+    entry: Mapping[str, Any],
+    config: dict[str, Any],
+    name: str,
+    limits: ToolLimits,
+    reference: str,
+    oracle: bool,
+    at: str,
 ) -> DeclaredTool:
     if config.pop("type", "native") != "native":
         raise ConfigError(f"{at}: only `type: native` tools are supported yet")
@@ -695,7 +713,9 @@ def _declare_class(
         known = [p for p in inspect.signature(target).parameters if p not in ("args", "kwargs")]
         near = {k: difflib.get_close_matches(k, known, n=1) for k in config if k not in known}
         hints = "".join(f" Did you mean `{n[0]}` for `{k}`?" for k, n in near.items() if n)
-        raise ConfigError(f"{at}: config does not fit {reference}: {error}. It takes: {', '.join(known) or 'nothing'}.{hints}") from error
+        raise ConfigError(
+            f"{at}: config does not fit {reference}: {error}. It takes: {', '.join(known) or 'nothing'}.{hints}"
+        ) from error
     summary = " ".join((inspect.getdoc(target) or "").split("\n\n")[0].split())
     signature = _signature(target.call, entry, name, summary, at, is_method=True)
     return DeclaredTool(
@@ -711,7 +731,14 @@ def _declare_class(
 
 
 def _declare_verl(
-    target: Any, entry: Mapping[str, Any], config: dict[str, Any], name: str, limits: ToolLimits, reference: str, oracle: bool, at: str
+    target: Any,
+    entry: Mapping[str, Any],
+    config: dict[str, Any],
+    name: str,
+    limits: ToolLimits,
+    reference: str,
+    oracle: bool,
+    at: str,
 ) -> DeclaredTool:
     if config.get("type", "native") != "native":
         raise ConfigError(f"{at}: only `type: native` tools are supported yet")

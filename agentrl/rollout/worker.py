@@ -103,9 +103,7 @@ class RolloutWorker:
         last_ordinal: int | None = None,
         poll_s: float = 0.05,
     ) -> None:
-        self._budget = group_budget(
-            groups_per_step=groups_per_step, max_staleness=max_staleness, pipeline_depth=pipeline_depth
-        )
+        self._budget = group_budget(groups_per_step=groups_per_step, max_staleness=max_staleness, pipeline_depth=pipeline_depth)
         if in_flight < 1 or group_size < 1 or attempts < 1:
             raise ValueError(f"in_flight={in_flight}, group_size={group_size} and attempts={attempts} must be at least 1")
         self._task_at = task_at
@@ -176,7 +174,9 @@ class RolloutWorker:
         except DeadlineExceeded:
             left = dict(self._groups)
             logger.warning(
-                "drain_cut groups=%d after=%g s: they stay open; the next start rolls their missing members out", len(left), limit_s
+                "drain_cut groups=%d after=%g s: they stay open; the next start rolls their missing members out",
+                len(left),
+                limit_s,
             )
             self._counts["abandoned_groups"] += len(left)
             for task in left.values():

@@ -44,7 +44,9 @@ class HermesParser:
             opening = text.find(OPEN, position)
             stray = text.find(CLOSE, position, opening if opening >= 0 else len(text))
             if stray >= 0:
-                found.append(ParseFailure(reason=f"{CLOSE} without {OPEN} before it", raw=text[position:stray][-_MAX_RAW:].strip()))
+                found.append(
+                    ParseFailure(reason=f"{CLOSE} without {OPEN} before it", raw=text[position:stray][-_MAX_RAW:].strip())
+                )
                 position = stray + len(CLOSE)
                 continue
             if opening < 0:
