@@ -181,6 +181,14 @@ def test_threads_are_joined_and_exit_handlers_run(service: Service) -> None:
     assert service.stdout(code) == "main\nthread\nbye\n"
 
 
+def test_twenty_threads_fit_into_the_memory_limit(service: Service) -> None:
+    code = (
+        "import threading, time\nthreads = [threading.Thread(target=lambda: (bytearray(1000), time.sleep(0.1))) for _ in range(20)]\n"
+        "[t.start() for t in threads]; [t.join() for t in threads]; print('done')"
+    )
+    assert service.stdout(code) == "done\n"
+
+
 def test_files_go_in_and_come_out(full: Service) -> None:
     data = bytes(range(256))
     code = (
