@@ -139,7 +139,7 @@ def _parse_rules(
         specs: list[Bounds] = [thresholds[name] for name in names]
     elif isinstance(thresholds, str):
         specs = [part.strip() for part in thresholds.split(",") if part.strip()]
-    elif isinstance(thresholds, int | float) or (isinstance(thresholds, tuple) and len(names) == 1 and len(thresholds) == 2):
+    elif isinstance(thresholds, int | float) or (len(names) == 1 and len(thresholds) == 2):
         specs = [thresholds]  # pyright: ignore[reportAssignmentType] # a lone (lower, upper)
     else:
         specs = list(thresholds)

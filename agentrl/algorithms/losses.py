@@ -1,7 +1,7 @@
 """Policy, value and entropy losses by name.
 
-A loss takes padded rows [B, T] (logprobs are small; unpack a packed stream before calling) and the mask of tokens to train
-on. Values under a False mask are ignored, whatever they are. With ``num_tokens`` and ``num_sequences`` of the whole step,
+A loss takes padded rows [B, T] (logprobs are small; ``masked.pad_rows`` unpacks a packed stream) and the mask of tokens to
+train on. Values under a False mask are ignored, whatever they are. With ``num_tokens`` and ``num_sequences`` of the whole step,
 micro-batch losses, gradients and metrics *sum* to those of the whole batch (see ``aggregation``).
 """
 

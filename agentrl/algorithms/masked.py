@@ -8,8 +8,11 @@ And a scan over tokens (a return, GAE) runs over the tokens the policy sampled, 
 spoke, is stepped over, neither discounted nor a reset.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 VARIANCE_EPSILON = 1e-8
 """Added to a variance before the inverse square root, so that a batch without spread whitens to zero, not to nan."""
@@ -101,6 +104,20 @@ def returns_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
     order, kept = to_front(mask)
     packed = discounted_suffix_sum(zero_masked(rewards.gather(1, order), kept), gamma)
     return back_in_place(zero_masked(packed, kept), order)
+
+
+def pad_rows(flat: Tensor, lengths: Sequence[int]) -> Tensor:
+    """A packed stream [N] of rows laid end to end as padded rows [B, max length], zeros to the right; gradients flow back.
+
+    How a learner that packs its sequences calls the losses: logprobs are a vocabulary's width smaller than activations,
+    so padding *them* costs nothing.
+
+    Raises:
+        ValueError: lengths that do not add up to N.
+    """
+    if sum(lengths) != len(flat):
+        raise ValueError(f"lengths add up to {sum(lengths)} but the packed stream has {len(flat)} tokens")
+    return pad_sequence(list(flat.split(list(lengths))), batch_first=True)
 
 
 def broadcast_to_tokens(per_row: Tensor, mask: Tensor) -> Tensor:
