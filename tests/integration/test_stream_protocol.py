@@ -100,9 +100,7 @@ async def test_group_arrives_as_it_was_put(client: redis.Redis, aclient: redis.a
     assert [content_digest(t) for t in group] == [content_digest(t) for t in members]
 
 
-async def test_repeated_put_and_close_are_one_entry_each(
-    client: redis.Redis, aclient: redis.asyncio.Redis, keys: Keys
-) -> None:
+async def test_repeated_put_and_close_are_one_entry_each(client: redis.Redis, aclient: redis.asyncio.Redis, keys: Keys) -> None:
     producer = TrajectoryProducer(aclient, keys)
     for _ in range(3):
         await put_group(producer, 0)
@@ -120,9 +118,7 @@ async def test_put_after_commit_is_still_known(client: redis.Redis, aclient: red
     assert await producer.present([m.id for m in members] + ["never"]) == {m.id for m in members}
 
 
-async def test_ids_are_forgotten_after_the_dedupe_time(
-    client: redis.Redis, aclient: redis.asyncio.Redis, keys: Keys
-) -> None:
+async def test_ids_are_forgotten_after_the_dedupe_time(client: redis.Redis, aclient: redis.asyncio.Redis, keys: Keys) -> None:
     producer = TrajectoryProducer(aclient, keys, dedupe_ttl_s=0.05)
     await producer.put_trajectory(make_trajectory(0, 0))
     await asyncio.sleep(0.1)
@@ -151,9 +147,7 @@ async def test_close_that_lists_a_member_never_put_is_refused(
     assert ids(take(started(client, keys))) == [m.id for m in members]
 
 
-async def test_two_groups_cannot_close_one_ordinal(
-    client: redis.Redis, aclient: redis.asyncio.Redis, keys: Keys
-) -> None:
+async def test_two_groups_cannot_close_one_ordinal(client: redis.Redis, aclient: redis.asyncio.Redis, keys: Keys) -> None:
     producer = TrajectoryProducer(aclient, keys)
     ours = make_trajectory(0, 0)
     other = replace(ours, id="other/0/0/0", group_id="other/0", task_id="other")
@@ -321,9 +315,7 @@ async def test_server_at_its_maxmemory_counts_as_full_and_commits_still_pass(
     assert client.xlen(keys.traj) == 1
 
 
-async def test_cancelled_puts_leave_the_connection_usable(
-    client: redis.Redis, aclient: redis.asyncio.Redis, keys: Keys
-) -> None:
+async def test_cancelled_puts_leave_the_connection_usable(client: redis.Redis, aclient: redis.asyncio.Redis, keys: Keys) -> None:
     producer = TrajectoryProducer(aclient, keys)
     for index in range(40):
         task = asyncio.create_task(producer.put_trajectory(make_trajectory(0, index, num_tokens=2000)))
@@ -399,9 +391,7 @@ async def test_trajectory_its_group_did_not_list_is_superseded(
     assert size_of(client, keys) == (0, 0)
 
 
-async def test_blocked_read_wakes_when_a_group_closes(
-    client: redis.Redis, aclient: redis.asyncio.Redis, keys: Keys
-) -> None:
+async def test_blocked_read_wakes_when_a_group_closes(client: redis.Redis, aclient: redis.asyncio.Redis, keys: Keys) -> None:
     consumer = started(client, keys)
     reader = asyncio.create_task(asyncio.to_thread(consumer.next_group, 5.0))
     await asyncio.sleep(0.2)
@@ -463,9 +453,7 @@ async def test_outcomes_are_counted_once_however_often_they_are_committed(
     assert client.xpending(keys.traj, GROUP)["pending"] == 0
 
 
-async def test_part_of_a_group_cannot_be_committed(
-    client: redis.Redis, aclient: redis.asyncio.Redis, keys: Keys
-) -> None:
+async def test_part_of_a_group_cannot_be_committed(client: redis.Redis, aclient: redis.asyncio.Redis, keys: Keys) -> None:
     await put_group(TrajectoryProducer(aclient, keys), 0, size=3)
     consumer = started(client, keys)
     names = ids(take(consumer))
@@ -606,9 +594,7 @@ async def test_corrupt_close_still_closes_its_group(
     assert size_of(client, keys) == (0, 0)
 
 
-async def test_entry_nobody_of_ours_wrote_is_a_dead_letter(
-    client: redis.Redis, aclient: redis.asyncio.Redis, keys: Keys
-) -> None:
+async def test_entry_nobody_of_ours_wrote_is_a_dead_letter(client: redis.Redis, aclient: redis.asyncio.Redis, keys: Keys) -> None:
     client.xadd(keys.traj, {"hello": "world"})
     client.xadd(keys.traj, {"t": "x", "g": "y", "k": "t", "n": "-5", "b": "junk"})
     client.xadd(keys.traj, {"t": "big", "g": "y", "k": "t", "n": "5", "s": "1"})
@@ -767,9 +753,7 @@ async def test_policy_record_round_trip(client: redis.Redis, aclient: redis.asyn
         consumer.publish_policy(replace(record, run_epoch=5), consumed_groups=7)
 
 
-async def test_progress_counts_groups_for_admission(
-    client: redis.Redis, aclient: redis.asyncio.Redis, keys: Keys
-) -> None:
+async def test_progress_counts_groups_for_admission(client: redis.Redis, aclient: redis.asyncio.Redis, keys: Keys) -> None:
     producer = TrajectoryProducer(aclient, keys)
     for ordinal in range(3):
         await put_group(producer, ordinal)
@@ -803,9 +787,7 @@ async def test_fingerprints_are_compared_field_by_field(client: redis.Redis, key
     check_fingerprint(client, keys, "learn", {"model": "b"})
 
 
-async def test_ledger_closes_over_every_kind_of_end(
-    client: redis.Redis, aclient: redis.asyncio.Redis, keys: Keys
-) -> None:
+async def test_ledger_closes_over_every_kind_of_end(client: redis.Redis, aclient: redis.asyncio.Redis, keys: Keys) -> None:
     producer = TrajectoryProducer(aclient, keys)
     done = group_of(0, 3)
     for member in done:

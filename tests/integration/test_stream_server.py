@@ -135,9 +135,7 @@ def test_server_is_released_only_by_the_last_process(data_dir: Path) -> None:
         "import sys; from agentrl.stream.server import connect; c = connect(sys.argv[1], role='learn'); c.ping(); "
         "print('up', flush=True); sys.stdin.read()"
     )
-    other = subprocess.Popen(
-        [sys.executable, "-c", code, url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    other = subprocess.Popen([sys.executable, "-c", code, url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with other:
         assert other.stdout is not None
         assert other.stdin is not None

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -75,9 +76,7 @@ def test_every_trajectory_survives_the_round_trip(t: Trajectory) -> None:
 @given(st.lists(names, unique=True, max_size=6), st.integers(0, 6), st.integers(0, 2**31), st.integers(0, 3))
 def test_every_close_survives_the_round_trip(ids: list[str], cut: int, ordinal: int, spare: int) -> None:
     members, failed = tuple(ids[:cut]), dict.fromkeys(ids[cut:], "deadline")
-    close = GroupClose(
-        group_id="g", task_id="t", ordinal=ordinal, size=max(1, len(ids)) + spare, members=members, failed=failed
-    )
+    close = GroupClose(group_id="g", task_id="t", ordinal=ordinal, size=max(1, len(ids)) + spare, members=members, failed=failed)
     assert decode(encode(close)) == close
 
 
@@ -105,12 +104,8 @@ def test_arbitrary_bytes_never_raise_anything_but_codec_error(data: bytes) -> No
 
 
 def _refused(data: bytes) -> None:
-    try:
+    with pytest.raises(CodecError, match="."):
         decode(data)
-    except CodecError as error:
-        assert str(error)
-    else:
-        raise AssertionError(f"damaged entry was accepted: {data!r}")
 
 
 @settings(max_examples=300, deadline=None)

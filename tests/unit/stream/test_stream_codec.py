@@ -66,13 +66,13 @@ def test_decoded_arrays_are_writable_aligned_and_native() -> None:
     for segment in back.segments:
         for name in ("ids", "mask", "logprobs", "versions"):
             array = getattr(segment, name)
-            assert array.flags.writeable and array.flags.aligned and array.dtype.isnative
+            assert array.flags.writeable
+            assert array.flags.aligned
+            assert array.dtype.isnative
 
 
 def test_numpy_scalars_in_plain_fields_are_written_as_numbers() -> None:
-    odd = replace(
-        make_trajectory(), reward=np.float32(0.5), reward_terms={"x": np.float64(0.25)}, ordinal=np.int64(4)
-    )  # pyright: ignore[reportArgumentType]
+    odd = replace(make_trajectory(), reward=np.float32(0.5), reward_terms={"x": np.float64(0.25)}, ordinal=np.int64(4))  # pyright: ignore[reportArgumentType]
     back = decode(encode(odd))
     assert isinstance(back, Trajectory)
     assert (back.reward, dict(back.reward_terms), back.ordinal) == (0.5, {"x": 0.25}, 4)

@@ -1,6 +1,7 @@
 """Urls, errors and pauses: what needs no server."""
 
 import asyncio
+from pathlib import Path
 
 import pytest
 import redis
@@ -146,3 +147,8 @@ def test_run_names_that_break_the_hash_tag_are_refused(run: str) -> None:
 
 def test_server_module_offers_what_its_users_import() -> None:
     assert set(server.__all__) >= {"ensure", "release", "connect", "connect_async", "check_server", "EmbeddedServer"}
+
+
+def test_every_key_is_in_the_documentation() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "stream.md").read_text()
+    assert [name for name in (*KEY_NAMES, "blob:<id>") if f"| `{name}` |" not in text] == []
