@@ -151,7 +151,7 @@ class BatchBuilder:
             if verdict.is_trained:
                 rows += [row.placed(trained_groups) for row in verdict.rows]
                 trained_groups += 1
-        counts = {
+        counts: dict[str, float] = {
             "groups/consumed": len(groups), "groups/trained": trained_groups, "groups/dropped": len(groups) - trained_groups,
             **{f"trajectories/{cause}": 0 for cause in ("trained", "filtered", "stale", "failed")},
             **{f"tokens/{cause}": 0 for cause in ("trained", "filtered", "stale", "failed")},

@@ -114,7 +114,7 @@ class Checkpoints:
         team.barrier()
         self._on_stage("shards")
         weights, optimizer = get_state_dict(learner.policy, learner.optimizer)
-        dcp.save({"model": weights, "optimizer": optimizer}, checkpoint_id=temporary / "dcp", no_dist=team.world_size == 1)
+        dcp.save({"model": weights, "optimizer": optimizer}, checkpoint_id=temporary / "dcp")
         self._on_stage("weights")
         if weights_from is None:
             learner.export(temporary)
@@ -301,8 +301,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def _restore_shards(learner: Learner, path: Path) -> None:
-    weights, optimizer = get_state_dict(learner.policy, learner.optimizer)
-    target = {"model": weights, "optimizer": optimizer}
+    target: dict[str, Any] = dict(zip(("model", "optimizer"), get_state_dict(learner.policy, learner.optimizer), strict=True))
+    weights: dict[str, Any] = target["model"]
     reader = dcp.FileSystemReader(path / "dcp")
     found: dict[str, Any] = reader.read_metadata().state_dict_metadata
     wrong: list[str] = []
@@ -319,7 +319,7 @@ def _restore_shards(learner: Learner, path: Path) -> None:
             f"Use the model it was made with, or resume=disable."
         )
     settings = [{k: g[k] for k in ("betas", "eps", "weight_decay")} for g in learner.optimizer.param_groups]
-    dcp.load(target, storage_reader=reader, no_dist=learner.team.world_size == 1)
+    dcp.load(target, storage_reader=reader)
     set_state_dict(learner.policy, learner.optimizer, model_state_dict=target["model"], optim_state_dict=target["optimizer"])
     for group, setting in zip(learner.optimizer.param_groups, settings, strict=True):
         group.update(setting)  # the moments are the checkpoint's, the settings are this run's

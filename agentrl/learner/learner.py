@@ -31,6 +31,7 @@ from agentrl.learner.model import (
     PACKING_TOLERANCE_HALF,
     check_packing,
     empty_pass,
+    frozen_passes,
     full_state,
     load_policy,
     run_row,
@@ -419,7 +420,7 @@ class _Step:
     def _logprobs_of(self, policy: Any) -> Tensor:
         """[M] of all loss tokens under frozen weights, on every rank."""
         found = torch.zeros(len(self.loss_tokens), device=self.device)
-        with torch.no_grad():
+        with frozen_passes(policy):
             for micro in self.micro_batches(np.arange(self.arrays.num_trajectories)):
                 if micro.row.num_tokens:
                     found[micro.slots] = run_row(policy, micro.ids, micro.row, micro.loss_positions, with_entropy=False)[0]

@@ -8,7 +8,7 @@ trained set of the surviving checkpoint equal to what was acknowledged or will b
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
@@ -26,6 +26,10 @@ POLL_S = 0.5
 
 FIRST_WAIT_REPORT_S = 10.0
 """Quiet seconds before the first report; each further one waits twice as long."""
+
+IDLE_CHECKPOINT_S = 15.0
+"""Quiet seconds after which an idle learner checkpoints what it has, due or not: a stream that is full of entries which only
+wait for that checkpoint could not bring it another group."""
 
 WAIT_REASON = "group"
 
@@ -185,6 +189,9 @@ class _Run:
                     f"{where}; stall_timeout_s={self._stall_timeout_s:g} passed. Check that `agentrl serve` runs and is not at its "
                     f"staleness bound."
                 )
+            if quiet_s > IDLE_CHECKPOINT_S and self._unacknowledged:
+                logger.info("checkpoint ahead of time: idle for %.0f s with unacknowledged groups", quiet_s)
+                self.checkpoint()
             if quiet_s > next_report_s:
                 logger.warning("%s", where)
                 next_report_s *= 2
@@ -236,7 +243,7 @@ class _Run:
         self._command("stop")
 
     @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
+    def timed(self, name: str) -> Generator[None]:
         started = time.perf_counter()
         try:
             yield

@@ -7,6 +7,8 @@ same code. The LM head is applied inside `PolicyModel.forward`, only where a tok
 import logging
 import os
 import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -132,6 +134,20 @@ def run_row(
     )
 
 
+@contextmanager
+def frozen_passes(policy: PolicyModel) -> Generator[None]:
+    """Forward passes without a backward.
+
+    FSDP leaves the outermost group gathered after a forward, for the backward that usually follows. Here none does, and whoever
+    looked at the parameters next (an optimizer, say) would get temporary full copies instead of the shards.
+    """
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        cast("Any", policy).reshard()
+
+
 def empty_pass(policy: PolicyModel, team: Team) -> Tensor:
     """A pass that adds zero to the loss: FSDP's collectives need every rank in every micro-batch."""
     ids = torch.zeros(2, dtype=torch.int64, device=team.device)
@@ -149,7 +165,7 @@ def check_packing(policy: PolicyModel, team: Team, *, tolerance: float = PACKING
     ids = torch.randint(0, vocab, (24,), generator=torch.Generator().manual_seed(0)).to(team.device)
     offsets = np.array([0, 11, 24])
     wanted = torch.tensor([*range(1, 11), *range(12, 24)], device=team.device)
-    with torch.no_grad():
+    with frozen_passes(policy):
         packed = run_row(policy, ids, pack_row(offsets, [0, 1]), wanted, with_entropy=False)[0]
         first = run_row(policy, ids[:11], pack_row(offsets[:2], [0]), wanted[:10], with_entropy=False)[0]
         second = run_row(policy, ids[11:], pack_row(np.array([0, 13]), [0]), wanted[10:] - 11, with_entropy=False)[0]
@@ -248,11 +264,11 @@ def _is_plain_causal(config: Any) -> bool:
 
 def _disable_dropout(hf: Any) -> None:
     """With dropout the same weights would give another ratio than 1, so no policy trains with it."""
-    for module in hf.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+    modules: list[Any] = list(hf.modules())
+    for module in modules:
+        for name in ("attention_dropout",) if not isinstance(module, nn.Dropout) else ("p",):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 def _tied_keys(policy: PolicyModel) -> set[str]:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from agentrl.errors import ConfigError
 
@@ -56,6 +57,10 @@ class OptimizerSettings:
 
 def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
     """Adam or AdamW over the trainable parameters; no decay on vectors (norms and biases), where it has no meaning."""
+    if not all(isinstance(p, DTensor) for p in model.parameters()):
+        raise ValueError(
+            "the optimizer must be built on sharded parameters: shard the model, and reshard it after a bare forward"
+        )
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": settings.weight_decay},

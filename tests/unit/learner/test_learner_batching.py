@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from learner_rig import batch_of, close, random_group, segment, trajectory
+from learner_rig import batch_of, close, segment, trajectory
 
 from agentrl.errors import ConfigError
 from agentrl.learner.batching import BatchBuilder

@@ -304,3 +304,13 @@ def test_gradient_checkpointing_computes_again_and_changes_nothing(
     assert len(calls) == 2  # forward, and again in backward
     assert metrics["actor/pg_loss"] == plain["actor/pg_loss"]
     assert_same_weights(plain_weights, weights_of(learner), atol=1e-6)
+
+
+def test_every_weight_is_trained(model_dir: Path, team: Team, groups: list[TrajectoryGroup]) -> None:
+    # Parameters that a bare forward left gathered would silently stay as they were.
+    learner = make_learner(model_dir, team, loss=LossSettings(old_logprobs="recompute", kl_coef=0.01, entropy_coef=0.01))
+    before = weights_of(learner)
+    learner.step(batch_of(groups))
+    learner.step(batch_of(groups, version=1))
+    after = weights_of(learner)
+    assert [name for name in before if torch.equal(before[name], after[name])] == []
