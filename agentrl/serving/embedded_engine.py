@@ -161,7 +161,10 @@ def _exists(pid: int) -> bool:
 
 def serve(args: argparse.Namespace) -> int:
     """Serve until told to stop; returns the exit code."""
-    listener = socket.create_server((args.host, args.port), backlog=2048)
+    try:
+        listener = socket.create_server((args.host, args.port), backlog=2048)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {args.host}:{args.port} ({error}): choose another port, or 0.") from error
     engine, app = build(args)
     config = uvicorn.Config(
         app, log_level=args.log_level, access_log=False, lifespan="off", timeout_graceful_shutdown=SHUTDOWN_GRACE_S

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-
-from agentrl.testing.tiny_model import make_tiny_model
 from contract_api import Api
 from contract_reference import Reference
 from contract_servers import DIFFERENCES, SERVERS, Models, Server, Unavailable
+
+from agentrl.testing.tiny_model import make_tiny_model
 
 _outcomes: dict[str, dict[str, str]] = {}
 
@@ -49,7 +49,7 @@ async def api(server: Server, models: Models, request: pytest.FixtureRequest) ->
     """A client of a server that is idle, not paused, and serves model a as v0."""
     row = request.node.originalname
     difference = DIFFERENCES.get((row, server.name))
-    if difference is not None and not difference.is_asserted:
+    if difference is not None and difference.handling == "not run":
         pytest.skip(f"documented difference: {difference.what}")
     async with Api.connect(server.url) as client:
         await client.settle(models.a)
@@ -68,7 +68,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     known = DIFFERENCES.get((row, engine))
     outcome = {"passed": "ok", "failed": "FAILED", "skipped": "-"}[report.outcome]
     if known is not None and outcome != "FAILED":
-        outcome = "differs" if outcome == "ok" or "documented difference" in str(report.longrepr) else outcome
+        ran = {"asserted": "differs", "avoided": "ok*"}.get(known.handling, outcome)
+        outcome = ran if outcome == "ok" else "not run" if "documented difference" in str(report.longrepr) else outcome
     cells = _outcomes.setdefault(row, {})
     if cells.get(engine) != "FAILED":
         cells[engine] = outcome
@@ -85,7 +86,9 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         title = row.removeprefix("test_").replace("_", " ")
         terminalreporter.write_line(" | ".join([title.ljust(width), *(cells.get(name, "").ljust(8) for name in SERVERS)]))
         notes += [
-            f"{title}: {name} {DIFFERENCES[row, name].what}" for name, cell in cells.items() if cell == "differs"
+            f"{cell}: {title}: {name} {DIFFERENCES[row, name].what}"
+            for name, cell in cells.items()
+            if cell in ("differs", "ok*", "not run")
         ]
     for note in notes:
-        terminalreporter.write_line(f"  differs: {note}")
+        terminalreporter.write_line(f"  {note}")

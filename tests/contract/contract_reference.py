@@ -24,9 +24,7 @@ class Reference:
         ids = torch.tensor([[*prompt, *output]])
         return self._models[version](ids).logits[0, len(prompt) - 1 : -1]
 
-    def logprobs(
-        self, version: str, prompt: Sequence[int], output: Sequence[int], *, temperature: float = 1.0
-    ) -> list[float]:
+    def logprobs(self, version: str, prompt: Sequence[int], output: Sequence[int], *, temperature: float = 1.0) -> list[float]:
         """Of each output token, at a temperature, over the whole vocabulary."""
         scaled = torch.log_softmax(self.logits(version, prompt, output) / temperature, dim=-1)
         return scaled.gather(1, torch.tensor(output)[:, None])[:, 0].tolist()

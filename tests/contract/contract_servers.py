@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 150.0
@@ -116,40 +117,41 @@ class Difference:
     """Where a server is known to behave otherwise, and what follows for its clients."""
 
     what: str
-    is_asserted: bool
-    """Whether the test asserts the other behaviour; if not it is not run, because it would kill or wedge the server."""
+    handling: Literal["asserted", "not run", "avoided"]
+    """The row asserts the other behaviour; or is not run, because it would kill or wedge the server; or runs as for every
+    server, because the factory's flags avoid the difference."""
 
 
 DIFFERENCES: dict[tuple[str, str], Difference] = {
     ("test_id_outside_the_vocabulary_is_refused", "sglang"): Difference(
-        "the server process dies (IndexError in the embedding): clients check ids", is_asserted=False
+        "the server process dies (IndexError in the embedding): clients check ids", handling="not run"
     ),
     ("test_checkpoint_of_another_shape_is_refused_and_the_old_weights_serve_on", "sglang"): Difference(
-        "the server process dies: check shapes before an update", is_asserted=False
+        "the server process dies: check shapes before an update", handling="not run"
     ),
     ("test_checkpoint_with_nan_is_refused_and_the_old_weights_serve_on", "sglang"): Difference(
-        "it loads NaN without a word: check before an update", is_asserted=False
+        "it loads NaN and answers id 0 with logprob null from then on: check before an update", handling="asserted"
     ),
     ("test_abort_reaches_a_request_that_a_pause_holds", "sglang"): Difference(
-        "the abort is lost and later ones are ignored: close the connection instead", is_asserted=False
+        "the abort is lost and later ones are ignored: close the connection instead", handling="not run"
     ),
     ("test_digest_of_the_weights_is_reported_and_a_wrong_one_refused", "sglang"): Difference(
-        "no digest in /model_info, expected_digest is ignored: compare /weights_checker", is_asserted=True
+        "no digest in /model_info, expected_digest is ignored: compare /weights_checker", handling="asserted"
     ),
     ("test_no_request_reuses_cache_of_older_weights_after_an_update_in_place", "sglang"): Difference(
         "its prefix cache keeps the old weights' keys and values, and new requests and next turns use them: "
         "send extra_key=<weight version>, or update under a retract pause, which flushes",
-        is_asserted=True,
+        handling="asserted",
     ),
     ("test_update_that_must_flush_under_in_place_is_answered_400", "sglang"): Difference(
-        "answers 400 although the weights have changed: always send flush_cache=false in place", is_asserted=True
+        "answers 400 although the weights have changed: always send flush_cache=false in place", handling="asserted"
     ),
     ("test_update_in_place_keeps_the_request_and_marks_the_token_where_versions_change", "sglang"): Difference(
-        "with the overlap scheduler (its default) the boundary is one token early; the suite turns it off", is_asserted=True
+        "with the overlap scheduler (its default) the boundary is one token early; the suite turns it off", handling="avoided"
     ),
     ("test_update_without_a_pause_keeps_every_token_true_to_its_version", "sglang"): Difference(
         "waits until running requests have finished (one span each), then may answer 400, not flushed, in a race with the last: "
         "repeat the call; the embedded engine re-prefills them instead",
-        is_asserted=True,
+        handling="asserted",
     ),
 }

@@ -118,9 +118,7 @@ class CheckpointReader:
         missing = sorted(set(self._layout) - set(layout) - optional)
         unknown = sorted(set(layout) - set(self._layout) - optional)
         if missing or unknown:
-            raise WeightSyncError(
-                f"{path} is a checkpoint of another model: missing {_some(missing)}; unknown {_some(unknown)}."
-            )
+            raise WeightSyncError(f"{path} is a checkpoint of another model: missing {_some(missing)}; unknown {_some(unknown)}.")
         for name, shape in layout.items():
             expected = self._layout.get(name) or self._shapes[self._aliases[name]]
             if shape != expected:

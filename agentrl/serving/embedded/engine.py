@@ -356,9 +356,7 @@ class Engine:
             job.version = self.weight_version
             self._end(job, {"type": "length", "length": 0})
             return
-        self._batch.add(
-            job.rid, job.prompt, max_new_tokens=job.max_new_tokens, stop_ids=job.stop_ids, sampling=job.sampling
-        )
+        self._batch.add(job.rid, job.prompt, max_new_tokens=job.max_new_tokens, stop_ids=job.stop_ids, sampling=job.sampling)
 
     def _record(self, sampled: Sequence[SampledToken]) -> None:
         version = self.weight_version

@@ -422,7 +422,9 @@ def _refuse_unsupported(body: GenerateBody) -> None:
     for name, neutral in _NEUTRAL.items():
         value = getattr(body.sampling_params, name, None)
         if value is not None and value not in neutral:
-            raise _invalid(f"sampling parameter {name}={value!r} is not supported by the embedded engine. Drop it, or use SGLang.")
+            raise _invalid(
+                f"sampling parameter {name}={value!r} is not supported by the embedded engine. Drop it, or use SGLang."
+            )
 
 
 def _check_prompt(prompt: list[int], vocab_size: int) -> None:

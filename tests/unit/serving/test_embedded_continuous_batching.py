@@ -1,6 +1,6 @@
 """The adapter over transformers' continuous batching: exact numbers, whatever happens to the weights."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ def plain(checkpoints: dict[str, Path]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def engine(checkpoints: dict[str, Path]) -> Iterator["Harness"]:
-    yield Harness(checkpoints)
+def engine(checkpoints: dict[str, Path]) -> "Harness":
+    return Harness(checkpoints)
 
 
 class Harness:
@@ -220,7 +220,9 @@ def test_retracted_requests_continue_exactly_under_the_new_weights_and_in_their_
         assert_close(engine.logprobs[name][split:], logprobs_of(plain["b"], prompt, ids)[split:])
 
 
-def test_request_still_waiting_at_an_update_belongs_to_the_new_weights(checkpoints: dict[str, Path], plain: dict[str, Any]) -> None:
+def test_request_still_waiting_at_an_update_belongs_to_the_new_weights(
+    checkpoints: dict[str, Path], plain: dict[str, Any]
+) -> None:
     engine = Harness(checkpoints, max_running_requests=1)
     engine.add("runs", PROMPT, 20)
     engine.add("waits", PROMPT, 20)
