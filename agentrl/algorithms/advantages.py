@@ -38,6 +38,19 @@ Estimator: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
 # ---- one value per trajectory, compared with its siblings
 
 
+def _scores(rewards: Tensor, mask: Tensor) -> Tensor:
+    """[B] float64 score of each row.
+
+    In fp32 the mean of equal rewards is off by a rounding error, which a std near zero blows up to 1e-2; [B] numbers cost nothing.
+    """
+    return masked_sum(rewards, mask, dim=-1).double()
+
+
+def _on_tokens(per_row: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
+    """[B] -> [B, T] in the rewards' dtype."""
+    return broadcast_to_tokens(per_row.to(rewards.dtype), mask)
+
+
 def _grpo_scores(scores: Tensor, groups: Groups, *, normalize_by_std: bool, epsilon: float, group_of_one: GroupOfOne) -> Tensor:
     """[B] standardised within the group."""
     centered = scores - groups.mean(scores)
@@ -63,9 +76,9 @@ def grpo(
     nearly always, or nearly never, solved. Use it with ``loss_agg_mode="seq-mean-token-sum-norm"``.
     ``group_of_one="raw"`` keeps the reference's behaviour for a lone trajectory; ``"zero"`` is better (see ``GroupOfOne``).
     """
-    scores = masked_sum(rewards, mask, dim=-1)
+    scores = _scores(rewards, mask)
     per_row = _grpo_scores(scores, groups, normalize_by_std=normalize_by_std, epsilon=epsilon, group_of_one=group_of_one)
-    advantages = broadcast_to_tokens(per_row, mask)
+    advantages = _on_tokens(per_row, rewards, mask)
     return advantages, advantages
 
 
@@ -82,7 +95,7 @@ def grpo_passk(
     The gradient of the expected maximum of k samples. A tie for the best, and a group of one, give 0 (the reference
     refuses a group of one).
     """
-    scores = masked_sum(rewards, mask, dim=-1)
+    scores = _scores(rewards, mask)
     best = scores.new_full((len(groups.sizes),), -torch.inf).scatter_reduce(0, groups.ids, scores, "amax")[groups.ids]
     is_best = scores == best
     others = torch.where(is_best, torch.full_like(scores, -torch.inf), scores)
@@ -91,16 +104,16 @@ def grpo_passk(
     lead = torch.where(leads, scores - second, torch.zeros_like(scores))
     if normalize_by_std:
         lead = lead / (groups.std(scores) + epsilon)
-    advantages = broadcast_to_tokens(lead, mask)
+    advantages = _on_tokens(lead, rewards, mask)
     return advantages, advantages
 
 
 def rloo(*, rewards: Tensor, mask: Tensor, groups: Groups, group_of_one: GroupOfOne = "raw") -> tuple[Tensor, Tensor]:
     """R - mean of the *other* siblings' R (REINFORCE leave-one-out, arXiv:2402.14740, sec. 3.2)."""
-    scores = masked_sum(rewards, mask, dim=-1)
+    scores = _scores(rewards, mask)
     size = groups.size_of_row(scores.dtype)
     left_out = (scores - groups.mean(scores)) * size / (size - 1).clamp(min=1)
-    advantages = broadcast_to_tokens(groups.settle_alone(left_out, scores, group_of_one), mask)
+    advantages = _on_tokens(groups.settle_alone(left_out, scores, group_of_one), rewards, mask)
     return advantages, advantages
 
 
@@ -108,10 +121,10 @@ def opo(*, rewards: Tensor, mask: Tensor, groups: Groups, group_of_one: GroupOfO
     """R - length-weighted mean of the group's R, the variance-optimal baseline when gradient norms grow with length
     (arXiv:2505.23585). Length is the number of sampled tokens; tool output does not count.
     """
-    scores = masked_sum(rewards, mask, dim=-1)
+    scores = _scores(rewards, mask)
     lengths = mask.sum(dim=-1).to(scores.dtype)
     baseline = (groups.sum(lengths * scores) / groups.sum(lengths).clamp(min=1))[groups.ids]
-    advantages = broadcast_to_tokens(groups.settle_alone(scores - baseline, scores, group_of_one), mask)
+    advantages = _on_tokens(groups.settle_alone(scores - baseline, scores, group_of_one), rewards, mask)
     return advantages, advantages
 
 
@@ -122,10 +135,10 @@ def gpg(
 
     The paper's alpha corrects for groups without signal; the reference counts nonzero rewards instead. Kept for parity.
     """
-    scores = masked_sum(rewards, mask, dim=-1)
+    scores = _scores(rewards, mask)
     alpha = len(scores) / torch.count_nonzero(scores).clamp(min=1).to(scores.dtype)
     centered = groups.settle_alone(scores - groups.mean(scores), scores, group_of_one)
-    advantages = broadcast_to_tokens(alpha * centered / f_norm, mask)
+    advantages = _on_tokens(alpha * centered / f_norm, rewards, mask)
     return advantages, advantages
 
 
@@ -133,9 +146,9 @@ def reinforce_plus_plus_baseline(
     *, rewards: Tensor, mask: Tensor, groups: Groups, group_of_one: GroupOfOne = "raw"
 ) -> tuple[Tensor, Tensor]:
     """R - mean of group on every token, then whitened over the batch's tokens (REINFORCE++-baseline, arXiv:2501.03262)."""
-    scores = masked_sum(rewards, mask, dim=-1)
+    scores = _scores(rewards, mask)
     centered = groups.settle_alone(scores - groups.mean(scores), scores, group_of_one)
-    advantages = whiten(broadcast_to_tokens(centered, mask), mask)
+    advantages = whiten(_on_tokens(centered, rewards, mask), mask)
     return advantages, advantages
 
 
@@ -172,14 +185,14 @@ def gdpo(
     weights = reward_weights or {}
     if unknown := sorted(set(weights) - set(terms)):
         raise ValueError(f"reward_weights name {', '.join(unknown)}, but the terms are {', '.join(sorted(terms))}")
-    total = torch.zeros_like(rewards[:, 0])
+    total = torch.zeros_like(rewards[:, 0], dtype=torch.float64)
     for name, term in terms.items():
         if term.shape not in (mask.shape, mask.shape[:1]):
             raise ValueError(f"reward term {name!r} has shape {list(term.shape)}; give [{len(mask)}] or {list(mask.shape)}")
         scores = (term if term.dim() == 1 else masked_sum(term, mask, dim=-1)).to(total)
         per_row = _grpo_scores(scores, groups, normalize_by_std=normalize_by_std, epsilon=epsilon, group_of_one=group_of_one)
         total = total + weights.get(name, 1.0) * per_row
-    advantages = broadcast_to_tokens(total, mask)
+    advantages = _on_tokens(total, rewards, mask)
     if whiten_batch:
         advantages = whiten(advantages, mask)
     return advantages, advantages

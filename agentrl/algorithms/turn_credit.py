@@ -15,7 +15,7 @@ STD_EPSILON = 1e-6
 
 
 def _per_turn(rewards: Tensor, mask: Tensor, turn_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(rewards [B, K], whether the row has that turn [B, K], turn of each token [B, T] with 0 where masked)."""
+    """(rewards [B, K] float64, whether the row has that turn [B, K], turn of each token [B, T] with 0 where masked)."""
     if turn_ids.shape != mask.shape:
         raise ValueError(f"turn_ids {list(turn_ids.shape)} must be shaped like the mask {list(mask.shape)}")
     turns = zero_masked(turn_ids.to(torch.long), mask)
@@ -23,7 +23,7 @@ def _per_turn(rewards: Tensor, mask: Tensor, turn_ids: Tensor) -> tuple[Tensor, 
         raise ValueError("turn_ids must be 0 or more on every sampled token")
     num_turns = int(turns.max()) + 1 if turns.numel() else 1
     shape = (len(turns), num_turns)
-    sums = rewards.new_zeros(shape).scatter_add(1, turns, zero_masked(rewards, mask))
+    sums = rewards.new_zeros(shape, dtype=torch.float64).scatter_add(1, turns, zero_masked(rewards, mask).double())
     present = rewards.new_zeros(shape).scatter_add(1, turns, mask.to(rewards.dtype)) > 0
     return sums, present, turns
 
@@ -40,8 +40,8 @@ def _standardise(values: Tensor, present: Tensor, groups: Groups, *, normalize_b
     return zero_masked(centered, (count > 1)[groups.ids])
 
 
-def _to_tokens(per_turn: Tensor, turns: Tensor, mask: Tensor) -> Tensor:
-    return zero_masked(per_turn.gather(1, turns), mask)
+def _to_tokens(per_turn: Tensor, turns: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    return zero_masked(per_turn.gather(1, turns).to(dtype), mask)
 
 
 def turn_grpo(
@@ -66,7 +66,9 @@ def turn_grpo(
     per_turn, present, turns = _per_turn(rewards, mask, turn_ids)
     standardised = _standardise(per_turn, present, groups, normalize_by_std=normalize_by_std, epsilon=epsilon)
     advantages = discounted_suffix_sum(standardised, turn_lambda)
-    return _to_tokens(advantages, turns, mask), _to_tokens(discounted_suffix_sum(per_turn, 1.0), turns, mask)
+    return _to_tokens(advantages, turns, mask, rewards.dtype), _to_tokens(
+        discounted_suffix_sum(per_turn, 1.0), turns, mask, rewards.dtype
+    )
 
 
 def turn_return(
@@ -89,7 +91,7 @@ def turn_return(
     per_turn, present, turns = _per_turn(rewards, mask, turn_ids)
     to_go = discounted_suffix_sum(per_turn, gamma)
     advantages = _standardise(to_go, present, groups, normalize_by_std=normalize_by_std, epsilon=epsilon)
-    return _to_tokens(advantages, turns, mask), _to_tokens(to_go, turns, mask)
+    return _to_tokens(advantages, turns, mask, rewards.dtype), _to_tokens(to_go, turns, mask, rewards.dtype)
 
 
 def gigpo(
@@ -144,4 +146,4 @@ def gigpo(
         flat, torch.ones_like(flat, dtype=torch.bool), same_state, normalize_by_std=normalize_by_std, epsilon=epsilon
     )
     step = torch.zeros_like(to_go).index_put((rows, columns), compared[:, 0])
-    return _to_tokens(episode + step_weight * step, turns, mask), _to_tokens(to_go, turns, mask)
+    return _to_tokens(episode + step_weight * step, turns, mask, rewards.dtype), _to_tokens(to_go, turns, mask, rewards.dtype)

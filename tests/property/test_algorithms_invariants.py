@@ -341,9 +341,9 @@ def test_a_constant_added_to_every_score_of_a_group_changes_nothing(name: str, s
 @given(seed=SEEDS, scale=st.floats(0.1, 50))
 def test_grpo_does_not_see_the_scale_of_rewards(seed: int, scale: float) -> None:
     batch = make(seed).rows(torch.arange(6))
-    plain, _ = compute_advantages("grpo", rewards=batch.rewards, mask=batch.mask, groups=GROUPS[:6], epsilon=1e-12)
-    scaled, _ = compute_advantages("grpo", rewards=batch.rewards * scale, mask=batch.mask, groups=GROUPS[:6], epsilon=1e-12)
-    torch.testing.assert_close(scaled, plain, rtol=1e-6, atol=1e-6)
+    plain, _ = compute_advantages("grpo", rewards=batch.rewards, mask=batch.mask, groups=GROUPS[:6])
+    scaled, _ = compute_advantages("grpo", rewards=batch.rewards * scale, mask=batch.mask, groups=GROUPS[:6])
+    torch.testing.assert_close(scaled, plain, rtol=1e-4, atol=1e-4)  # epsilon against a std of at least 0.05
 
 
 @few

@@ -34,6 +34,17 @@ def test_a_lone_trajectory_keeps_its_reward_as_in_the_reference_or_gives_no_sign
         of_scores(name, [1, 3, 7], [*"aab"], group_of_one="mean")
 
 
+@pytest.mark.parametrize("name", ["grpo", "gdpo", "rloo", "turn_return"])
+def test_equal_rewards_that_fp32_cannot_average_exactly_still_give_no_signal(name: str) -> None:
+    rewards = torch.full((3, 1), 0.1)
+    params = {"turn_ids": torch.zeros(3, 1, dtype=torch.long)} if name == "turn_return" else {}
+    if name == "gdpo":
+        params["whiten_batch"] = False
+    advantages, _ = compute_advantages(name, rewards=rewards, mask=rewards > 0, groups=[0, 0, 0], **params)
+    assert advantages.dtype == torch.float32
+    assert advantages.abs().max() < 1e-9
+
+
 def test_only_the_leader_learns_in_passk() -> None:
     assert of_scores("grpo_passk", [1, 4, 2, 3, 3], [*"aaabb"], normalize_by_std=False) == pytest.approx([0, 2, 0, 0, 0])
     assert of_scores("grpo_passk", [5], ["a"]) == [0]
