@@ -463,3 +463,15 @@ def test_the_breaker_opens_probes_once_and_doubles_its_pause() -> None:
     breaker.start()
     breaker.succeeded()
     assert breaker.state(6.0) == "closed"
+
+
+@pytest.mark.asyncio
+async def test_without_a_required_version_any_server_serves_unless_it_is_quarantined() -> None:
+    async with fleet(2, label="base", verify=False) as (manager, servers):
+        manager.require_version(None)
+        manager.quarantine(servers[0].url, "under repair")
+        for index in range(6):
+            generation = await ask(manager, trajectory=f"t{index}", group=f"g{index}")
+            assert generation.server == servers[1].url
+            assert generation.versions == [-1] * 20
+        assert servers[0].requests == []
