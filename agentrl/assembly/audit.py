@@ -13,9 +13,9 @@ import yaml
 from agentrl.assembly.parts import start_stream_server, stream_url
 from agentrl.config import Config, parse_config
 from agentrl.errors import ConfigError, DataError
+from agentrl.stream.connection import connect
 from agentrl.stream.keys import Keys
 from agentrl.stream.ledger import Ledger, read_ledger
-from agentrl.stream.connection import connect
 from agentrl.telemetry.run_dir import RunDir, read_jsonl
 from agentrl.telemetry.trajectory_log import from_record, read_records
 from agentrl.types import Trajectory, content_digest

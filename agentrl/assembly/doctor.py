@@ -1,5 +1,6 @@
 """``agentrl doctor``: check a machine before a run, or name the stage of a run that waits."""
 
+import asyncio
 import importlib.metadata
 import os
 import shutil
@@ -133,14 +134,21 @@ def _stream_server() -> Finding:
 
 
 def _sandbox() -> Finding:
-    from agentrl.sandbox import probe_tier
+    from agentrl.sandbox.job import MIB, Job, Limits
+    from agentrl.sandbox.pool import Pool
 
-    tier = probe_tier()
+    async def tried() -> tuple[str, str]:
+        pool = Pool()
+        async with pool.running():
+            outcome = await pool.run(Job(code="print(6 * 7)", limits=Limits(wall_s=5.0, memory_bytes=256 * MIB)), 0)
+            return str(pool.active_tier), outcome.stdout.strip()
+
+    tier, answer = asyncio.run(tried())
+    if answer != "42":
+        return Finding("sandbox", "fail", f"tier {tier} starts but print(6 * 7) gave {answer!r}")
     if tier == "zygote":
-        return Finding("sandbox", "ok", "namespaces and seccomp: full isolation")
-    if tier:
-        return Finding("sandbox", "warn", f"only the weaker tier {tier} is possible here", "see docs/sandbox.md for what it does not cover")
-    return Finding("sandbox", "fail", "no isolation is possible here", "use a kernel with user namespaces or Landlock")
+        return Finding("sandbox", "ok", "namespaces and seccomp: full isolation; runs code")
+    return Finding("sandbox", "warn", f"only the weaker tier {tier} is possible here", "see docs/sandbox.md for what it does not cover")
 
 
 def _disk(folder: Path) -> Finding:

@@ -4,7 +4,7 @@ import asyncio
 import os
 import socket
 import sys
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -57,10 +57,7 @@ async def sandbox_process(config: Config, directory: RunDir, *, wanted: bool) ->
         yield None
         return
     if os.environ.get(SUPERVISED_VARIABLE):  # `agentrl run` starts and watches it
-        async with deadline(START_LIMIT_S, "sandbox start"):
-            while (url := directory.url_of("sandbox")) is None:
-                await asyncio.sleep(0.1)
-        yield url
+        yield await _registered(directory, lambda: None)
         return
     command = [sys.executable, "-m", "agentrl", *sandbox_arguments(config, directory, port=0)]
     log_path = directory.logs / "sandbox.log"
@@ -69,12 +66,11 @@ async def sandbox_process(config: Config, directory: RunDir, *, wanted: bool) ->
             *command, stdout=sink, stderr=sink, start_new_session=True, preexec_fn=die_with_parent, env={**os.environ, "OMP_NUM_THREADS": "1"}
         )
     try:
-        async with deadline(START_LIMIT_S, "sandbox start"):
-            while (url := directory.url_of("sandbox")) is None:
-                if process.returncode is not None:
-                    raise SandboxError(f"the sandbox ended with code {process.returncode} while starting; see {log_path}")
-                await asyncio.sleep(0.1)
-        yield url
+        def check() -> None:
+            if process.returncode is not None:
+                raise SandboxError(f"the sandbox ended with code {process.returncode} while starting; see {log_path}")
+
+        yield await _registered(directory, check)
     finally:
         if process.returncode is None:
             process.terminate()
@@ -84,6 +80,16 @@ async def sandbox_process(config: Config, directory: RunDir, *, wanted: bool) ->
                 process.kill()
                 await process.wait()
         directory.deregister("sandbox")
+
+
+async def _registered(directory: RunDir, check: Callable[[], None]) -> str:
+    """The address under which the sandbox registers itself; ``check`` raises when it never will."""
+    async with deadline(START_LIMIT_S, "sandbox start"):
+        while True:
+            if url := directory.url_of("sandbox"):
+                return url
+            check()
+            await asyncio.sleep(0.1)
 
 
 def sandbox_arguments(config: Config, directory: RunDir, *, port: int) -> list[str]:

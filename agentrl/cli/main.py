@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import yaml
 from rich.console import Console
 
 from agentrl.config import Config, dump_config, load_config
@@ -207,6 +208,7 @@ def doctor(
 @data_app.command("prepare")
 def data_prepare(
     name: Annotated[str, typer.Argument(help="arithmetic, gsm8k, or module:prepare of your own.")],
+    options: Annotated[list[str] | None, typer.Argument(help="key=value: options of that preparation, such as prompt=short.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write; default data/<name>.")] = None,
     source: Annotated[Path | None, typer.Option(help="Folder with the original files; default: the Hugging Face hub.")] = None,
     sft: Annotated[bool, typer.Option("--sft", help="Also write cold-start conversations.")] = False,
@@ -217,7 +219,11 @@ def data_prepare(
     from agentrl.plugins import load_object
 
     prepare = load_object(name if ":" in name else f"envs.{name}:prepare")
-    report = prepare(out or Path("data") / name.partition(":")[0], source=source, sft=sft, limit=limit, seed=seed)
+    given = {key: yaml.safe_load(value) for key, _, value in (o.partition("=") for o in options or [])}
+    try:
+        report = prepare(out or Path("data") / name.partition(":")[0], source=source, sft=sft, limit=limit, seed=seed, **given)
+    except TypeError as error:
+        raise ConfigError(f"data prepare {name} {' '.join(options or [])}: {error}") from error
     print(json.dumps(report, indent=1, default=str))
 
 

@@ -8,7 +8,7 @@
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -100,17 +100,19 @@ def prepare(config: Config, directory: RunDir) -> Config:
 def cold_start(config: Config, directory: RunDir, console: Console) -> list[dict[str, Any]]:
     """Supervised steps until sampling succeeds often enough for GRPO to have something to sharpen; returns the evaluation."""
     steps = config.sft.steps
+    success = 0.0
     for _ in range(MAX_COLD_STARTS):
         with _progress(console) as progress:
             task = progress.add_task("cold start", total=steps)
             out = run_sft_from_config(config, steps=steps, on_step=lambda m, t=task, p=progress: p.update(t, completed=m["step"]))
         results = evaluate_model(config, directory, model_path=str(out), modes=MODES)
-        if results[1]["success"] >= MIN_SAMPLED_SUCCESS:
+        success = results[1]["success"]
+        if success >= MIN_SAMPLED_SUCCESS:
             return results
-        console.print(f"cold start is weak (sampled success {results[1]['success']:.2f}): {EXTRA_SFT_STEPS} more steps")
+        console.print(f"cold start is weak (sampled success {success:.2f}): once more with {EXTRA_SFT_STEPS} more steps")
         steps += EXTRA_SFT_STEPS
     raise AgentRLError(
-        f"after {steps - EXTRA_SFT_STEPS} supervised steps sampled success is {results[1]['success']:.2f}, below {MIN_SAMPLED_SUCCESS}; "
+        f"after {steps - EXTRA_SFT_STEPS} supervised steps sampled success is {success:.2f}, below {MIN_SAMPLED_SUCCESS}; "
         "GRPO would have no positive samples. Try another seed: agentrl quickstart run.seed=1"
     )
 
@@ -188,7 +190,7 @@ def _progress(console: Console) -> Progress:
 
 
 @contextmanager
-def _timed(timings: dict[str, float], name: str) -> Iterator[None]:
+def _timed(timings: dict[str, float], name: str) -> Generator[None]:
     started = time.monotonic()
     yield
     timings[name] = time.monotonic() - started
