@@ -27,7 +27,7 @@ TEMPLATE = (
     "{{- '<|im_start|>' + message['role'] + '\n' + (message['content'] or '') }}"
     "{%- for call in message['tool_calls'] or [] %}"
     "{{- ('\n' if message['content'] else '') + '<tool_call>\n' }}"
-    '{{- \'{"name": "\' + call[\'function\'][\'name\'] + \'", "arguments": \' + (call[\'function\'][\'arguments\'] | tojson) + \'}\' }}'
+    "{{- '{\"name\": \"' + call['function']['name'] + '\", \"arguments\": ' + (call['function']['arguments'] | tojson) + '}' }}"
     "{{- '\n</tool_call>' }}{%- endfor %}"
     "{{- '<|im_end|>\n' }}"
     "{%- endif %}{%- endfor %}"

@@ -117,7 +117,9 @@ def newest_checkpoint(run: RunDir) -> Path:
         ConfigError: there is none.
     """
     latest = run.checkpoints / "latest"
-    folder = latest.resolve() if latest.is_symlink() else run.checkpoints / latest.read_text().strip() if latest.is_file() else None
+    folder = (
+        latest.resolve() if latest.is_symlink() else run.checkpoints / latest.read_text().strip() if latest.is_file() else None
+    )
     if folder is None or not folder.is_dir():
         raise ConfigError(f"{run.checkpoints} holds no checkpoint yet; there is nothing to audit before the first one")
     return folder
@@ -215,9 +217,13 @@ def _acknowledged(run: RunDir, config: Config, trained: list[_Trained], decided:
     closes.expect(book.closes, f"submitted {book.submitted} differs from the sum of the outcomes: {book.to_json()}")
     acked = Check("acknowledged outcomes equal the checkpoint's (I3)")
     if config.queue.ack_at == "checkpoint":
-        acked.expect(book.trained == len(trained), f"the stream acknowledged {book.trained} trained, the checkpoint holds {len(trained)}")
+        acked.expect(
+            book.trained == len(trained), f"the stream acknowledged {book.trained} trained, the checkpoint holds {len(trained)}"
+        )
         counts = Counter(outcome.partition(":")[0] for outcome in decided.values())
         for outcome in ("filtered", "stale"):
             seen = int(getattr(book, outcome))
-            acked.expect(seen == counts[outcome], f"the stream acknowledged {seen} {outcome}, the checkpoint holds {counts[outcome]}")
+            acked.expect(
+                seen == counts[outcome], f"the stream acknowledged {seen} {outcome}, the checkpoint holds {counts[outcome]}"
+            )
     return [closes, acked]

@@ -58,7 +58,11 @@ def diagnose_machine(config: Config | None) -> list[Finding]:
         ("disk", lambda: _disk(Path(config.run.dir) if config else Path())),
     ]
     if config is not None:
-        checks += [("tasks", lambda: _tasks(config)), ("template", lambda: _template(config)), ("reward", lambda: _reward(config))]
+        checks += [
+            ("tasks", lambda: _tasks(config)),
+            ("template", lambda: _template(config)),
+            ("reward", lambda: _reward(config)),
+        ]
     return [_guarded(subject, check) for subject, check in checks]
 
 
@@ -70,7 +74,9 @@ def diagnose_run(root: Path) -> list[Finding]:
 
 def _run_findings(run: RunDir) -> Iterator[Finding]:
     alive = {e["role"]: e["pid"] for e in run.processes()}
-    yield Finding("processes", "ok" if alive else "warn", ", ".join(f"{r} {p}" for r, p in sorted(alive.items())) or "none is running")
+    yield Finding(
+        "processes", "ok" if alive else "warn", ", ".join(f"{r} {p}" for r, p in sorted(alive.items())) or "none is running"
+    )
     for role in ("serve", "learn"):
         status = run.read_status(role)
         if not status:
@@ -80,7 +86,12 @@ def _run_findings(run: RunDir) -> Iterator[Finding]:
         if role not in alive:
             yield Finding(role, "warn", f"is not running; it last reported {age:.0f} s ago", f"agentrl {role} -c {run.config}")
         elif age > STALE_STATUS_S:
-            yield Finding(role, "fail", f"pid {alive[role]} has not reported for {age:.0f} s: it hangs or is stopped", f"see logs/{role}.log")
+            yield Finding(
+                role,
+                "fail",
+                f"pid {alive[role]} has not reported for {age:.0f} s: it hangs or is stopped",
+                f"see logs/{role}.log",
+            )
         else:
             yield from _waits(role, status)
 
@@ -148,14 +159,18 @@ def _sandbox() -> Finding:
         return Finding("sandbox", "fail", f"tier {tier} starts but print(6 * 7) gave {answer!r}")
     if tier == "zygote":
         return Finding("sandbox", "ok", "namespaces and seccomp: full isolation; runs code")
-    return Finding("sandbox", "warn", f"only the weaker tier {tier} is possible here", "see docs/sandbox.md for what it does not cover")
+    return Finding(
+        "sandbox", "warn", f"only the weaker tier {tier} is possible here", "see docs/sandbox.md for what it does not cover"
+    )
 
 
 def _disk(folder: Path) -> Finding:
     existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free / 2**30
     level: Level = "ok" if free >= MIN_FREE_GIB else "warn"
-    return Finding("disk", level, f"{free:.1f} GiB free at {existing}", "" if level == "ok" else "checkpoints and weights may not fit")
+    return Finding(
+        "disk", level, f"{free:.1f} GiB free at {existing}", "" if level == "ok" else "checkpoints and weights may not fit"
+    )
 
 
 def _tasks(config: Config) -> Finding:

@@ -78,7 +78,9 @@ async def _evaluate(config: Config, directory: RunDir, model_path: str, modes: S
                 results: list[dict[str, Any]] = []
                 for mode in modes:
                     sampling = SamplingParams(max_new_tokens=config.serve.tokens_per_turn, temperature=mode.temperature)
-                    rollout = rollout_function(config, manager, template, toolbox, build_scorer(config), sampling=sampling, require_versions=False)
+                    rollout = rollout_function(
+                        config, manager, template, toolbox, build_scorer(config), sampling=sampling, require_versions=False
+                    )
                     results.append({"model": model_path, **await _play(tasks, mode, rollout, config.eval.in_flight)})
                 return results
         finally:

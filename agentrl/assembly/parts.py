@@ -57,7 +57,9 @@ def load_tasks(path: str, *, what: str) -> list[Task]:
         ConfigError: the config names no file, or an empty one.
     """
     if not path:
-        raise ConfigError(f"{what} is empty: give a parquet or JSONL file of tasks, for example from `agentrl data prepare gsm8k`")
+        raise ConfigError(
+            f"{what} is empty: give a parquet or JSONL file of tasks, for example from `agentrl data prepare gsm8k`"
+        )
     tasks = read_rows(Path(path))
     if not tasks:
         raise ConfigError(f"{what}={path} holds no rows")
@@ -74,7 +76,9 @@ def load_tokenizer(config: Config, path: str | None = None) -> Any:
 
     location = path or config.model.path
     if not location:
-        raise ConfigError("model.path is empty: give a Hugging Face directory or hub name, for example model.path=Qwen/Qwen2.5-0.5B")
+        raise ConfigError(
+            "model.path is empty: give a Hugging Face directory or hub name, for example model.path=Qwen/Qwen2.5-0.5B"
+        )
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(location)
     except (OSError, ValueError) as error:

@@ -144,7 +144,9 @@ def _child(directory: RunDir, config: Config, role: str, arguments: Sequence[str
     env["OMP_NUM_THREADS"] = str(config.learn.threads if role == "learn" else 1)
     command = [sys.executable, "-m", "agentrl"]
     if role == "sandbox":
-        command += sandbox_arguments(config, directory, port=free_port("127.0.0.1"))  # kept across restarts: tools hold the address
+        command += sandbox_arguments(
+            config, directory, port=free_port("127.0.0.1")
+        )  # kept across restarts: tools hold the address
     else:
         command += [role, *arguments]
     return Child(role, command, env, directory.logs / f"{role}.log")

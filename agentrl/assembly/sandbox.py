@@ -63,9 +63,15 @@ async def sandbox_process(config: Config, directory: RunDir, *, wanted: bool) ->
     log_path = directory.logs / "sandbox.log"
     with log_path.open("ab") as sink:
         process = await asyncio.create_subprocess_exec(
-            *command, stdout=sink, stderr=sink, start_new_session=True, preexec_fn=die_with_parent, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            *command,
+            stdout=sink,
+            stderr=sink,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
     try:
+
         def check() -> None:
             if process.returncode is not None:
                 raise SandboxError(f"the sandbox ended with code {process.returncode} while starting; see {log_path}")

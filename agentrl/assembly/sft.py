@@ -15,7 +15,11 @@ LOG_EVERY = 20
 
 
 def run_sft_from_config(
-    config: Config, *, model_path: str | None = None, steps: int | None = None, on_step: Callable[[Mapping[str, float]], None] | None = None
+    config: Config,
+    *,
+    model_path: str | None = None,
+    steps: int | None = None,
+    on_step: Callable[[Mapping[str, float]], None] | None = None,
 ) -> Path:
     """Supervised steps on ``data.sft``; returns the folder of the trained model.
 
@@ -25,7 +29,9 @@ def run_sft_from_config(
     from agentrl.learner.sft import run_sft
 
     if not config.data.sft:
-        raise ConfigError("data.sft is empty: give a JSONL file of conversations, for example from `agentrl data prepare gsm8k --sft`")
+        raise ConfigError(
+            "data.sft is empty: give a JSONL file of conversations, for example from `agentrl data prepare gsm8k --sft`"
+        )
     path = model_path or config.model.path
     if not path:
         raise ConfigError("model.path is empty: give the model to start from")

@@ -135,7 +135,9 @@ def sft(config: ConfigFile, overrides: Overrides = None) -> None:
 def evaluate(
     config: ConfigFile,
     overrides: Overrides = None,
-    model: Annotated[str | None, typer.Option(help="Model directory; default: the run's newest checkpoint, else model.path.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model directory; default: the run's newest checkpoint, else model.path.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the result under evals/.")] = None,
 ) -> None:
     """Measure a model on held-out tasks: success rate with its 95 % interval."""
@@ -155,7 +157,9 @@ def sandbox(
     workers: Annotated[int, typer.Option(help="Warm fork-servers.")] = 1,
     memory_mb: Annotated[int, typer.Option(help="Memory limit of one run.")] = 512,
     preload: Annotated[list[str] | None, typer.Option(help="Module imported once, before any run; repeat for more.")] = None,
-    token: Annotated[str | None, typer.Option(envvar="AGENTRL_SANDBOX_TOKEN", help="Bearer token that clients must send.")] = None,
+    token: Annotated[
+        str | None, typer.Option(envvar="AGENTRL_SANDBOX_TOKEN", help="Bearer token that clients must send.")
+    ] = None,
     allow_unsafe: Annotated[bool, typer.Option(help="Run without isolation where none is available.")] = False,
     run_dir: Annotated[Path | None, typer.Option(help="Run directory to register in.")] = None,
 ) -> None:
@@ -163,7 +167,14 @@ def sandbox(
     from agentrl.assembly.sandbox import serve_sandbox
 
     serve_sandbox(
-        host, port, workers=workers, memory_mb=memory_mb, preload=preload or [], token=token, allow_unsafe=allow_unsafe, run_dir=run_dir
+        host,
+        port,
+        workers=workers,
+        memory_mb=memory_mb,
+        preload=preload or [],
+        token=token,
+        allow_unsafe=allow_unsafe,
+        run_dir=run_dir,
     )
 
 
@@ -208,7 +219,9 @@ def doctor(
 @data_app.command("prepare")
 def data_prepare(
     name: Annotated[str, typer.Argument(help="arithmetic, gsm8k, or module:prepare of your own.")],
-    options: Annotated[list[str] | None, typer.Argument(help="key=value: options of that preparation, such as prompt=short.")] = None,
+    options: Annotated[
+        list[str] | None, typer.Argument(help="key=value: options of that preparation, such as prompt=short.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write; default data/<name>.")] = None,
     source: Annotated[Path | None, typer.Option(help="Folder with the original files; default: the Hugging Face hub.")] = None,
     sft: Annotated[bool, typer.Option("--sft", help="Also write cold-start conversations.")] = False,

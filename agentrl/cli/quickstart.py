@@ -1,10 +1,10 @@
 """``agentrl quickstart``: from nothing to a policy that has learned to use a tool, through the real ``serve`` and ``learn``.
 
-    1. tasks, tokenizer, a 0.5 M-parameter model with random weights
-    2. cold start: supervised steps on noisy traces, until it has the format and makes mistakes
-    3. evaluation before
-    4. asynchronous GRPO: two engine processes, a durable stream, a learner, weights back while they generate
-    5. evaluation after, the audit, and where everything is
+1. tasks, tokenizer, a 0.5 M-parameter model with random weights
+2. cold start: supervised steps on noisy traces, until it has the format and makes mistakes
+3. evaluation before
+4. asynchronous GRPO: two engine processes, a durable stream, a learner, weights back while they generate
+5. evaluation after, the audit, and where everything is
 """
 
 import time
@@ -70,8 +70,12 @@ def run_quickstart(config: Config, *, console: Console) -> RunDir:
     curve = plot_curve(directory)
     console.print(report.text(), highlight=False)
     total = time.monotonic() - started
-    console.print("  ".join(f"{name} {seconds:.0f} s" for name, seconds in timings.items()) + f"  total {total:.0f} s", highlight=False)
-    console.print(f"curve: {curve}\nmodel: {newest_checkpoint(directory)}\nlook:  agentrl audit {directory.root} · agentrl ledger {directory.root}")
+    console.print(
+        "  ".join(f"{name} {seconds:.0f} s" for name, seconds in timings.items()) + f"  total {total:.0f} s", highlight=False
+    )
+    console.print(
+        f"curve: {curve}\nmodel: {newest_checkpoint(directory)}\nlook:  agentrl audit {directory.root} · agentrl ledger {directory.root}"
+    )
     if not report.clean:
         raise AgentRLError(f"the audit of {directory.root} found a breach; see above")
     return directory
@@ -123,7 +127,9 @@ def show_result(console: Console, before: Sequence[Mapping[str, Any]], after: Se
         table.add_column(column)
     for b, a in zip(before, after, strict=True):
         name = "greedy" if b["greedy"] else f"sampled, T={b['temperature']:g}"
-        table.add_row(name, _rate(b), f"[bold green]{_rate(a)}[/bold green]", f"{b['called_a_tool']:.0%} → {a['called_a_tool']:.0%}")
+        table.add_row(
+            name, _rate(b), f"[bold green]{_rate(a)}[/bold green]", f"{b['called_a_tool']:.0%} → {a['called_a_tool']:.0%}"
+        )
     console.print(table)
 
 
@@ -137,7 +143,9 @@ def show_trajectories(console: Console, tokenizer: Any, before: Mapping[str, Any
         for sampled, ids in _runs(segment["ids"], segment["mask"]):
             piece = tokenizer.decode(ids).replace("[", r"\[")
             text += f"[green]{piece}[/green]" if sampled else piece
-        console.print(Panel(text, title=f"{title}: reward {record['reward']:.0f} (green was sampled by the policy)", border_style="dim"))
+        console.print(
+            Panel(text, title=f"{title}: reward {record['reward']:.0f} (green was sampled by the policy)", border_style="dim")
+        )
 
 
 def plot_curve(directory: RunDir) -> Path:

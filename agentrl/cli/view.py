@@ -67,7 +67,9 @@ class RunView:
         step = int(metrics[-1]["step"]) if metrics else 0
         head = Table.grid(padding=(0, 1))
         elapsed = time.monotonic() - self._started
-        head.add_row("steps", ProgressBar(total=self._steps, completed=step, width=40), f"{step}/{self._steps}", f"{elapsed:.0f} s")
+        head.add_row(
+            "steps", ProgressBar(total=self._steps, completed=step, width=40), f"{step}/{self._steps}", f"{elapsed:.0f} s"
+        )
         figures = Table.grid(padding=(0, 2))
         last = metrics[-1] if metrics else {}
         figures.add_row(
@@ -87,8 +89,11 @@ class RunView:
                 table.add_column(column)
             for e in engines:
                 table.add_row(
-                    str(e["url"]), str(e["version"] or e["state"]), str(e["requests_in_flight"]),
-                    f"{e['cached_token_ratio']:.0%}", f"{e['p50_ms'] or 0:.0f}",
+                    str(e["url"]),
+                    str(e["version"] or e["state"]),
+                    str(e["requests_in_flight"]),
+                    f"{e['cached_token_ratio']:.0%}",
+                    f"{e['p50_ms'] or 0:.0f}",
                 )
             lines.append(table)
         waits = [f"{name} waits for {s['wait']}" for name, s in (("serve", serve), ("learn", learn)) if s.get("wait")]

@@ -107,7 +107,9 @@ def _explain(error: ValidationError) -> Iterable[str]:
             nearest = difflib.get_close_matches(where, list(_keys(Config)), n=2, cutoff=0.5) or difflib.get_close_matches(
                 where.rsplit(".", 1)[-1], [k.rsplit(".", 1)[-1] for k in _keys(Config)], n=2, cutoff=0.5
             )
-            hint = f"Did you mean {' or '.join(f'`{n}`' for n in nearest)}?" if nearest else f"Sections are {', '.join(SECTIONS)}."
+            hint = (
+                f"Did you mean {' or '.join(f'`{n}`' for n in nearest)}?" if nearest else f"Sections are {', '.join(SECTIONS)}."
+            )
             yield f"unknown key `{where}`. {hint}"
         else:
             message = problem["msg"].removeprefix("Value error, ")

@@ -185,7 +185,9 @@ class LearnConfig(Section):
     """Its parameters besides the clip range."""
     clip: list[float] = [0.2, 0.28]
     """Lower and upper clip range of the ratio."""
-    loss_agg: Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"] = "token-mean"
+    loss_agg: Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"] = (
+        "token-mean"
+    )
     """How token losses are added up; normalised over the whole step, whatever the micro-batches."""
     old_logprobs: Literal["rollout", "recompute"] = "rollout"
     """The ratio's denominator: the sampler's logprobs, or those of the weights before the step (decoupled)."""
@@ -230,7 +232,9 @@ class LearnConfig(Section):
                 "far ahead would always be too stale. Lower pipeline_depth or raise max_staleness"
             )
         if self.tis_cap is not None and self.old_logprobs != "recompute":
-            raise ValueError("learn.tis_cap needs learn.old_logprobs=recompute: with the sampler's logprobs the ratio itself corrects")
+            raise ValueError(
+                "learn.tis_cap needs learn.old_logprobs=recompute: with the sampler's logprobs the ratio itself corrects"
+            )
         return self
 
 

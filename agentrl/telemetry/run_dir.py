@@ -1,7 +1,7 @@
 """The run directory: every path in it, and the small files that several processes keep true together.
 
-    config.resolved.yaml  processes.json  metrics.jsonl  events.jsonl  status/<role>.json
-    trajectories/  weights/  checkpoints/step_N/  evals/  logs/  redis/
+config.resolved.yaml  processes.json  metrics.jsonl  events.jsonl  status/<role>.json
+trajectories/  weights/  checkpoints/step_N/  evals/  logs/  redis/
 """
 
 import fcntl

@@ -60,7 +60,9 @@ class TensorBoardTracker:
         try:
             from tensorboardX import SummaryWriter
         except ImportError as error:
-            raise ConfigError("log.trackers has tensorboard, but tensorboardX is not installed: pip install tensorboardX") from error
+            raise ConfigError(
+                "log.trackers has tensorboard, but tensorboardX is not installed: pip install tensorboardX"
+            ) from error
         self._writer = SummaryWriter(str(folder))
 
     def record(self, metrics: Mapping[str, Any]) -> None:
@@ -88,7 +90,9 @@ class WandbTracker:
         self._run.finish()
 
 
-def open_trackers(names: Sequence[str], run: RunDir, *, run_name: str, config: Mapping[str, Any], resumed_at: int) -> list[Tracker]:
+def open_trackers(
+    names: Sequence[str], run: RunDir, *, run_name: str, config: Mapping[str, Any], resumed_at: int
+) -> list[Tracker]:
     """The trackers a run asks for; ``metrics.jsonl`` is written whether it is named or not."""
     trackers: list[Tracker] = [FileTracker(run, resumed_at=resumed_at)]
     if "console" in names:

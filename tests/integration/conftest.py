@@ -101,7 +101,9 @@ class RunProcess:
 
     def logs(self) -> str:
         files = [Path(self._output.name), *sorted(self.directory.logs.glob("*.log"))]
-        return "\n".join(f"--- {f.name}\n" + "\n".join(f.read_text(errors="replace").splitlines()[-25:]) for f in files if f.is_file())
+        return "\n".join(
+            f"--- {f.name}\n" + "\n".join(f.read_text(errors="replace").splitlines()[-25:]) for f in files if f.is_file()
+        )
 
     def close(self) -> None:
         """End what is left, by pid: the supervisor drains its children on SIGTERM."""

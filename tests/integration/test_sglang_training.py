@@ -69,4 +69,6 @@ def test_two_real_sglang_servers_train_a_policy_with_updates_under_load(
     print(report.text())
     print("reward per step:", [round(r, 3) for r in rewards])
     paused = sorted(e["paused_s"] for e in updates if not e["is_first"])
-    print(f"weight updates under load: {len(paused)}, paused p50 {paused[len(paused) // 2] * 1e3:.0f} ms, max {paused[-1] * 1e3:.0f} ms")
+    print(
+        f"weight updates under load: {len(paused)}, paused p50 {paused[len(paused) // 2] * 1e3:.0f} ms, max {paused[-1] * 1e3:.0f} ms"
+    )

@@ -83,5 +83,7 @@ def test_killed_learner_engine_and_serve_neither_lose_nor_repeat_a_trajectory(
     assert report.clean, report.text()
     trained = [str(e["id"]) for e in read_jsonl(newest_checkpoint(run.directory) / "trained_ids.jsonl")]
     assert len(trained) == len(set(trained)) > 0
-    ordinals = {int(i.rsplit("/", 3)[1]) for i in (str(e["id"]) for e in read_jsonl(newest_checkpoint(run.directory) / "ledger.jsonl"))}
+    ordinals = {
+        int(i.rsplit("/", 3)[1]) for i in (str(e["id"]) for e in read_jsonl(newest_checkpoint(run.directory) / "ledger.jsonl"))
+    }
     assert ordinals >= set(range(steps * 16 - 64)), "a group of the task order was skipped"
