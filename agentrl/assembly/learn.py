@@ -10,7 +10,15 @@ from functools import partial
 from types import FrameType
 
 from agentrl.algorithms.losses import policy_loss_parameters
-from agentrl.assembly.parts import LEARNER_DTYPE, build_toolbox, fingerprint, load_tokenizer, run_dir_of, stream_url
+from agentrl.assembly.parts import (
+    LEARNER_DTYPE,
+    build_toolbox,
+    fingerprint,
+    load_tokenizer,
+    release_stream_server,
+    run_dir_of,
+    stream_url,
+)
 from agentrl.assembly.run import refuse_if_active
 from agentrl.config import Config, dump_config
 from agentrl.errors import StalledError
@@ -51,6 +59,7 @@ def main(config: Config, arguments: Sequence[str]) -> None:
     finally:
         if int(os.environ.get("RANK", "0")) == 0:
             directory.deregister("learn")
+            release_stream_server(config, directory)
 
 
 def _torchrun(ranks: int, arguments: Sequence[str]) -> int:

@@ -15,12 +15,15 @@ from agentrl.errors import ConfigError
 from agentrl.plugins import load_object
 from agentrl.rollout.chat_template import ChatTemplate
 from agentrl.rollout.reward import Scorer
-from agentrl.rollout.toolbox import Toolbox, load_tools
+from agentrl.rollout.tool_loading import load_tools
+from agentrl.rollout.toolbox import Toolbox
 from agentrl.stream.server import EmbeddedServer
 from agentrl.telemetry.run_dir import RunDir
 from agentrl.types import Task
 
 REDIS_URL_VARIABLE = "AGENTRL_REDIS_URL"
+SUPERVISED_VARIABLE = "AGENTRL_SUPERVISED"
+"""Set for the children of ``agentrl run``, which itself starts and ends the stream's server and the sandbox."""
 CODE_TOOL = "tools.code_interpreter"
 LEARNER_DTYPE: dict[str, Literal["fp32", "bf16"]] = {"float32": "fp32", "bfloat16": "bf16"}
 """``model.dtype`` as the learner names it."""
@@ -48,6 +51,14 @@ def start_stream_server(config: Config, directory: RunDir) -> EmbeddedServer | N
         return None
     stream_url(config, directory)
     return EmbeddedServer(directory.redis)
+
+
+def release_stream_server(config: Config, directory: RunDir) -> None:
+    """Stop the run's own server if nobody else uses it; under ``agentrl run`` the supervisor does that at the end."""
+    if config.queue.url != "embedded" or os.environ.get(REDIS_URL_VARIABLE) or os.environ.get(SUPERVISED_VARIABLE):
+        return
+    if EmbeddedServer(directory.redis).release():
+        directory.deregister("redis")
 
 
 def load_tasks(path: str, *, what: str) -> list[Task]:

@@ -8,14 +8,13 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from agentrl.assembly.parts import SUPERVISED_VARIABLE
 from agentrl.config import Config
 from agentrl.errors import SandboxError
 from agentrl.process import die_with_parent
 from agentrl.supervise import deadline
 from agentrl.telemetry.run_dir import RunDir
 
-SUPERVISED_VARIABLE = "AGENTRL_SUPERVISED"
-"""Set for children of ``agentrl run``, which starts the sandbox itself."""
 START_LIMIT_S = 60.0
 STOP_LIMIT_S = 10.0
 

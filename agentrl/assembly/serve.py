@@ -27,6 +27,7 @@ from agentrl.assembly.parts import (
     load_tasks,
     load_tokenizer,
     needs_sandbox,
+    release_stream_server,
     run_dir_of,
     stream_url,
     vocab_size_of,
@@ -75,7 +76,10 @@ def main(config: Config) -> None:
     refuse_if_active(directory, ("serve",))
     if not directory.config.is_file():
         directory.config.write_text(dump_config(config))
-    uvloop.run(serve(config, directory))
+    try:
+        uvloop.run(serve(config, directory))
+    finally:
+        release_stream_server(config, directory)
 
 
 async def serve(config: Config, directory: RunDir) -> None:

@@ -68,14 +68,15 @@ def run_quickstart(config: Config, *, console: Console) -> RunDir:
     show_result(console, before, after)
     show_trajectories(console, load_tokenizer(config), before[0], after[0])
     curve = plot_curve(directory)
-    console.print(report.text(), highlight=False)
+    console.print(report.text(), highlight=False, soft_wrap=True)
     total = time.monotonic() - started
-    console.print(
-        "  ".join(f"{name} {seconds:.0f} s" for name, seconds in timings.items()) + f"  total {total:.0f} s", highlight=False
-    )
-    console.print(
-        f"curve: {curve}\nmodel: {newest_checkpoint(directory)}\nlook:  agentrl audit {directory.root} · agentrl ledger {directory.root}"
-    )
+    lines = [
+        "  ".join(f"{name} {seconds:.0f} s" for name, seconds in timings.items()) + f"  total {total:.0f} s",
+        f"curve: {curve}",
+        f"model: {newest_checkpoint(directory)}",
+        f"look:  agentrl audit {directory.root} · agentrl ledger {directory.root}",
+    ]
+    console.print("\n".join(lines), highlight=False, soft_wrap=True)
     if not report.clean:
         raise AgentRLError(f"the audit of {directory.root} found a breach; see above")
     return directory

@@ -19,7 +19,8 @@ from agentrl.errors import (
 from agentrl.rollout.agent_loop import Limits, Rollout, RolloutState, agent_loop, get_agent_loop, run_rollout
 from agentrl.rollout.chat_template import ChatTemplate
 from agentrl.rollout.reward import Scorer
-from agentrl.rollout.toolbox import Toolbox, load_tools
+from agentrl.rollout.tool_loading import load_tools
+from agentrl.rollout.toolbox import Toolbox
 from agentrl.supervise import current_waits
 from agentrl.testing.tiny_model import make_tiny_tokenizer
 from agentrl.types import Episode, SamplingParams, Score, Stop, Task

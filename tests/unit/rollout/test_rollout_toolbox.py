@@ -9,8 +9,9 @@ import pytest
 
 from agentrl.errors import ConfigError, SandboxError, ToolInfraError
 from agentrl.rollout import toolbox as toolbox_module
+from agentrl.rollout.tool_loading import load_tools
 from agentrl.rollout.tool_parsers import ParseFailure
-from agentrl.rollout.toolbox import Observation, Toolbox, load_tools
+from agentrl.rollout.toolbox import Observation, Toolbox
 from agentrl.testing.tiny_model import make_tiny_tokenizer
 from agentrl.types import Task, ToolCall
 
