@@ -60,7 +60,7 @@ MISREAD_HARD, MISREAD_EASY = 0.6, 0.2
 """Share of calls with a wrong expression, for hard kinds and for the rest."""
 FIRST_MISCONCEPTION = 0.85
 """Share of wrong expressions that are the kind's first misconception; the rest is uniform over its list."""
-RANDOM_RESULT = 0.25
+RANDOM_RESULT = 0.35
 """Share of noisy demonstrations whose tool result is a random number: the answer must be copied, it cannot be guessed."""
 VAL_SHARE = 1 / 8
 """Share of all possible questions that are set apart for validation."""

@@ -8,9 +8,9 @@ import asyncio
 import logging
 import signal
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ from agentrl.serving.weight_reconciler import WeightReconciler
 from agentrl.stream.connection import check_server, connect, connect_async
 from agentrl.stream.fingerprint import check_fingerprint
 from agentrl.stream.keys import Keys
-from agentrl.stream.policy import read_policy, read_progress
+from agentrl.stream.policy import Progress, read_policy, read_progress
 from agentrl.stream.producer import TrajectoryProducer
 from agentrl.supervise import current_waits, running
 from agentrl.telemetry.run_dir import RunDir
@@ -135,7 +135,7 @@ async def _rollouts(config: Config, directory: RunDir) -> AsyncGenerator[tuple[R
                 worker = RolloutWorker(
                     task_at=tasks.task,
                     sink=producer,
-                    read_progress=partial(read_progress, client, keys),
+                    read_progress=_AdoptedProgress(partial(read_progress, client, keys), reconciler),
                     rollout=rollout_function(config, manager, template, toolbox, scorer),
                     group_size=config.serve.n,
                     groups_per_step=config.learn.groups,
@@ -158,6 +158,27 @@ async def _rollouts(config: Config, directory: RunDir) -> AsyncGenerator[tuple[R
                 trajectory_log.close()
             await toolbox.aclose()
             await client.aclose()
+
+
+class _AdoptedProgress:
+    """The stream's progress, with room for new groups only once the servers are being brought to that policy.
+
+    The learner's announcement frees places a moment before any server has the new weights. A group started in between would be
+    sampled by the old ones: one version staler than admission counted on.
+    """
+
+    def __init__(self, read: Callable[[], Awaitable[Progress]], reconciler: WeightReconciler) -> None:
+        self._read, self._reconciler = read, reconciler
+        self._adopted: Progress | None = None
+
+    async def __call__(self) -> Progress:
+        progress = await self._read()
+        target = self._reconciler.target
+        if target is not None and (target.run_epoch, target.version) >= (progress.run_epoch, progress.version):
+            self._adopted = progress
+        if self._adopted is None or self._adopted is progress:
+            return progress
+        return replace(progress, consumed_groups=min(progress.consumed_groups, self._adopted.consumed_groups))
 
 
 def rollout_function(

@@ -134,6 +134,10 @@ class BatchBuilder:
             return True
         return filled >= self.groups_per_step
 
+    def num_without_place(self, version: int) -> int:
+        """Collected groups that fill no place in a batch at ``version``: others must be generated instead of them."""
+        return sum(not self._fills_a_place(verdict) for verdict in self._examined(version))
+
     def build(self, version: int) -> StepBatch:
         """Form a batch of everything collected, and start anew.
 

@@ -144,6 +144,7 @@ class _Run:
         self._stall_timeout_s, self._on_wait = stall_timeout_s, on_wait
         self._run_epoch = 0
         self._consumed_groups = 0
+        self._reported_useless = 0
         self._totals = Counter[str]()
         self._contained: Mapping[str, str] = {}
         self._unsaved: list[Consumed] = []
@@ -261,6 +262,11 @@ class _Run:
             self._source.commit([group], {i: self._contained[i] for i in ids})
             return
         self._batches.add(group)
+        useless = self._batches.num_without_place(self._learner.policy_version)
+        if useless > self._reported_useless:
+            # Admission counts them as in the pipeline until told otherwise, and would start none in their place: a deadlock.
+            self._source.report_progress(self._consumed_groups + useless)
+            self._reported_useless = useless
 
     def _account(self, batch: StepBatch, *, was_skipped: bool) -> None:
         outcomes = dict(batch.outcomes)
@@ -271,6 +277,7 @@ class _Run:
         self._unsaved += [Consumed(id=i, step=step, outcome=o, digest=digests.get(i, "")) for i, o in outcomes.items()]
         self._totals.update(o.partition(":")[0] for o in outcomes.values())
         self._consumed_groups += len(batch.groups)
+        self._reported_useless = 0
         self._unacknowledged += batch.groups
         self._outcomes |= outcomes
 

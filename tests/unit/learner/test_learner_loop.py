@@ -14,7 +14,7 @@ from agentrl.learner.distributed import Team
 from agentrl.learner.learner import Learner
 from agentrl.learner.loop import run_learning
 from agentrl.learner.weight_publisher import WeightPublisher
-from agentrl.types import PolicyRecord
+from agentrl.types import PolicyRecord, TrajectoryGroup
 
 
 class Rig:
@@ -38,7 +38,7 @@ class Rig:
 
         run_learning(
             self.source,
-            BatchBuilder(groups_per_step=2, max_staleness=100),
+            BatchBuilder(groups_per_step=2, max_staleness=options.pop("max_staleness", 100)),
             learner,
             Checkpoints(self.directory / "checkpoints", on_stage=on_stage),
             WeightPublisher(self.directory / "weights"),
@@ -176,3 +176,20 @@ def test_a_completed_run_announces_itself_and_does_nothing_more(rig: Rig) -> Non
     rig.run(num_steps=2)
     assert rig.announced[-1] == ("e2-v2", 4)
     assert len(rig.metrics) == 2
+
+
+class AdmittedSource(MemorySource):
+    """Delivers no more groups than admission would have started: two beyond those reported as consumed."""
+
+    def next_group(self, timeout_s: float) -> TrajectoryGroup | None:
+        allowed = max(self.progress, default=0) + 2
+        return super().next_group(timeout_s) if self._next < allowed else None
+
+
+def test_a_stale_group_frees_its_place_at_once_or_generation_and_training_would_wait_for_each_other(rig: Rig) -> None:
+    stale, fresh = random_group(0, size=2, version=5), [random_group(g, size=2) for g in (1, 2)]
+    rig.source = AdmittedSource([stale, *fresh])
+    rig.run(num_steps=1, max_staleness=0, stall_timeout_s=5.0)
+    assert rig.source.progress == [1, 3]
+    assert {o for i, o in rig.source.acknowledged.items() if i in stale.close.members} == {"stale"}
+    assert sorted(rig.trained()) == sorted(i for g in fresh for i in g.close.members)
