@@ -259,7 +259,7 @@ async def generate_beside_a_survivor(api: Api, models: Models, extra_keys: Seque
 
 async def generate_the_survivors_next_turn(api: Api, models: Models, extra_keys: Sequence[str | None]) -> list[Output]:
     """What follows the output of the request that lived through the update, twice."""
-    async for survivor in after_an_update_in_place(api, models, extra_keys=extra_keys, num_tokens=160):
+    async for survivor in after_an_update_in_place(api, models, extra_keys=extra_keys, num_tokens=LONG):
         first = await survivor.finished()
         assert [version for version, _, _ in first.spans] == ["v0", "v1"]
         context = [*PROMPT, *first.ids, *prompt(5)[:10]]

@@ -115,7 +115,7 @@ async def test_an_in_place_update_under_load_labels_every_token(tmp_path: Path, 
         async with asyncio.TaskGroup() as group:
             loops = [group.create_task(loop) for loop in (fleet.run(), reconciler.run())]
             await until(lambda: bool(manager.urls) and reconciler.is_settled)
-            tasks = [group.create_task(rollout(index, 150)) for index in range(4)]
+            tasks = [group.create_task(rollout(index, 1500)) for index in range(4)]
             await until(lambda: manager.stats()[0].requests_in_flight == 4)
             for record in policies[1:]:
                 await asyncio.sleep(0.2)
@@ -127,7 +127,7 @@ async def test_an_in_place_update_under_load_labels_every_token(tmp_path: Path, 
             assert set((await rollout(50, 5)).versions) == {2}
             updates = [update for update in reconciler.updates if not update.is_first]
             assert [update.version for update in updates] == [1, 2]
-            assert all(update.error == "" and update.paused_s < 2 for update in updates)
+            assert all(update.error == "" and update.paused_s < 10 for update in updates)
             assert manager.counters()["tokens_discarded"] == 0
             for loop in loops:
                 loop.cancel()
