@@ -78,7 +78,7 @@ class TensorBoardTracker:
 class WandbTracker:
     def __init__(self, folder: Path, *, name: str, config: Mapping[str, Any]) -> None:
         try:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]  # an extra; absent from `make setup`
         except ImportError as error:
             raise ConfigError("log.trackers has wandb, but wandb is not installed: pip install wandb") from error
         self._run: Any = wandb.init(project="agentrl", name=name, dir=str(folder), config=dict(config), resume="allow")
