@@ -1,6 +1,7 @@
 """``agentrl``: every command. Exit code 0 only when all is well, 2 for a wrong setting, 1 for anything else."""
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -81,6 +82,7 @@ def quickstart(
     config: ConfigFile = "quickstart",
 ) -> None:
     """Train a small tool-calling model on this machine, in minutes, and show what it learned."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch loads: two threads on shared cores are slower than one
     from agentrl.cli.quickstart import run_quickstart
 
     loaded = _load(config, overrides)
