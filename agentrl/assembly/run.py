@@ -17,10 +17,10 @@ from pathlib import Path
 from types import FrameType
 
 from agentrl.assembly.parts import SUPERVISED_VARIABLE, needs_sandbox, run_dir_of, start_stream_server
-from agentrl.assembly.sandbox import free_port, sandbox_arguments
+from agentrl.assembly.sandbox import sandbox_arguments
 from agentrl.config import Config, dump_config
 from agentrl.errors import AgentRLError, ConfigError
-from agentrl.process import die_with_parent
+from agentrl.process import die_with_parent, free_port
 from agentrl.telemetry.run_dir import RunDir
 
 log = logging.getLogger(__name__)

@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import socket
 import sys
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -11,7 +10,7 @@ from pathlib import Path
 from agentrl.assembly.parts import SUPERVISED_VARIABLE
 from agentrl.config import Config
 from agentrl.errors import SandboxError
-from agentrl.process import die_with_parent
+from agentrl.process import die_with_parent, free_port
 from agentrl.supervise import deadline
 from agentrl.telemetry.run_dir import RunDir
 
@@ -104,9 +103,3 @@ def sandbox_arguments(config: Config, directory: RunDir, *, port: int) -> list[s
         "--workers", str(config.sandbox.workers), "--memory-mb", str(config.sandbox.memory_mb),
         *(flag for module in config.sandbox.preload for flag in ("--preload", module)),
     ]  # fmt: skip
-
-
-def free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])

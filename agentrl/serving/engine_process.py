@@ -26,6 +26,7 @@ import aiohttp
 import psutil
 
 from agentrl.errors import StalledError
+from agentrl.process import free_port
 from agentrl.serving.server_manager import AsyncLLMServerManager
 from agentrl.serving.sglang_client import SGLangClient
 
@@ -292,7 +293,7 @@ class EngineFleet:
         return wait_s
 
     async def _start(self, engine: _Engine) -> None:
-        port = engine.port if engine.port and _is_free(self._host, engine.port) else _free_port(self._host)
+        port = engine.port if engine.port and _is_free(self._host, engine.port) else free_port(self._host)
         if engine.port not in (0, port):
             self._forget(engine)
         engine.port = port
@@ -433,12 +434,6 @@ def _is_free(host: str, port: int) -> bool:
         except OSError:
             return False
     return True
-
-
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
 
 
 def _tail(path: Path) -> str:
