@@ -7,6 +7,7 @@ itself, keeps the time, and learns of the process's end from the fork server. A 
 import ast
 import base64
 import builtins
+import contextlib
 import io
 import json
 import linecache
@@ -116,10 +117,8 @@ class _Cell:
         if rich:
             self._take_figures()
         for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
-            try:
-                stream.flush()  # pyright: ignore[reportOptionalMemberAccess] - None is caught
-            except (OSError, ValueError, AttributeError):
-                pass  # the cell has closed or replaced it
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # the cell has closed or replaced it
+                stream.flush()  # pyright: ignore[reportOptionalMemberAccess] - None is suppressed
         return {"code": code, "display": self._display, "error": errors}
 
     def _execute(self, text: str, name: str, *, echo: bool) -> None:

