@@ -10,7 +10,14 @@ from agentrl.sandbox.pool import Pool
 from agentrl.sandbox.sessions import Sessions
 
 Phase = Literal["queue", "compile", "run", "cell", "overhead", "session_start"]
-PHASES: tuple[Phase, ...] = ("queue", "compile", "run", "cell", "overhead", "session_start")
+PHASES: dict[Phase, str] = {
+    "queue": "Wait for a slot",
+    "compile": "Wall time of compilations",
+    "run": "Wall time of runs",
+    "cell": "Wall time of cells",
+    "overhead": "Of a run, beyond its wall time",
+    "session_start": "From asking for a session to having it",
+}
 _BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _RECENT = 1000
 
@@ -27,9 +34,10 @@ class Metrics:
             registry=self.registry,
         )
         self.rejected = Counter("agentrl_sandbox_rejected", "Requests not run, by cause", ["cause"], registry=self.registry)
-        self._phases = Histogram(
-            "agentrl_sandbox_phase_seconds", "Time per phase", ["phase"], buckets=_BUCKETS, registry=self.registry
-        )
+        self._phases = {
+            phase: Histogram(f"agentrl_sandbox_{phase}_seconds", text, buckets=_BUCKETS, registry=self.registry)
+            for phase, text in PHASES.items()
+        }
         self._recent: dict[Phase, deque[float]] = {phase: deque(maxlen=_RECENT) for phase in PHASES}
         for name, text, value in (
             ("running", "Runs in flight", lambda: admission.running),
@@ -42,7 +50,7 @@ class Metrics:
 
     def took(self, phase: Phase, seconds: float) -> None:
         """Count one occurrence of a phase."""
-        self._phases.labels(phase).observe(seconds)
+        self._phases[phase].observe(seconds)
         self._recent[phase].append(seconds)
 
     def percentiles_ms(self) -> dict[str, dict[str, float]]:

