@@ -27,12 +27,9 @@ class Metrics:
 
     def __init__(self, admission: Admission, pool: Pool, sessions: Sessions) -> None:
         self.registry = CollectorRegistry()
-        self.runs = Counter(
-            "agentrl_sandbox_runs",
-            "Finished runs and cells, by kind and how they ended",
-            ["kind", "reason"],
-            registry=self.registry,
-        )
+        self.runs = Counter("agentrl_sandbox_runs", "Finished runs by reason", ["reason"], registry=self.registry)
+        self.compiles = Counter("agentrl_sandbox_compiles", "Finished compilations by reason", ["reason"], registry=self.registry)
+        self.cells = Counter("agentrl_sandbox_cells", "Finished cells by reason", ["reason"], registry=self.registry)
         self.rejected = Counter("agentrl_sandbox_rejected", "Requests not run, by cause", ["cause"], registry=self.registry)
         self._phases = {
             phase: Histogram(f"agentrl_sandbox_{phase}_seconds", text, buckets=_BUCKETS, registry=self.registry)

@@ -21,7 +21,7 @@ import traceback
 import types
 from typing import Any, NoReturn
 
-from . import cgroup, jail, kernel, landlock, linux, seccomp
+from . import cgroup, jail, kernel, landlock, launchers, linux, seccomp
 
 SOURCE_NAME = "main.py"
 SETUP_FAILED = 120
@@ -71,6 +71,8 @@ def _enter(request: dict[str, Any], fds: list[int], config: dict[str, Any], rule
     else:
         os.chdir("/")
     jail.drop_to(uid, gid)
+    if config["tier"] in launchers.NAMES:
+        linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)  # the launcher's own was lost with the change of uid
     if not os.access(os.__file__, os.R_OK):
         raise OSError(
             f"uid {os.getuid()} cannot read the interpreter's library {os.__file__}: make its directories world-readable"

@@ -17,7 +17,8 @@ NAMES = ("bubblewrap", "nsjail")
 _PACKAGE = "/.inside"
 _BOOT = "import sys; sys.path.insert(0, sys.argv.pop(2)); from inside import launchers; del sys.path[0]; launchers.main()"
 _SEARCH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-_CAPABILITIES = ("CAP_SYS_ADMIN", "CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP", "CAP_CHOWN", "CAP_FOWNER", "CAP_DAC_OVERRIDE")
+_CAPABILITIES = ("SYS_ADMIN", "SETUID", "SETGID", "SETPCAP", "SETFCAP", "CHOWN", "FOWNER", "DAC_OVERRIDE")
+"""What ``child`` needs to build the inner wall; it drops them all."""
 
 
 def command(name: str, *, user: bool, extra: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -56,7 +57,7 @@ def _bubblewrap(shown: dict[str, str], links: dict[str, str], *, user: bool) -> 
     if user:
         arguments += ["--unshare-user", "--uid", "0", "--gid", "0"]
     for capability in _CAPABILITIES:
-        arguments += ["--cap-add", capability]
+        arguments += ["--cap-add", f"CAP_{capability}"]
     # It makes missing parents private to root, where the run's uid could not pass.
     empty = [*jail.PRIVATE.values(), jail.STAGE, "/dev"]
     parents = sorted({"/".join(path.split("/")[:depth]) for path in (*shown, *empty) for depth in range(2, path.count("/") + 1)})
@@ -91,14 +92,14 @@ def _nsjail(shown: dict[str, str], links: dict[str, str], *, user: bool) -> list
         arguments += ["--user", "0", "--group", "0"]
     else:
         arguments += ["--disable_clone_newuser", "--user", "0", "--group", "0"]
+    for path in (*jail.PRIVATE.values(), jail.STAGE):  # before what is shown below them
+        arguments += ["--mount", f"none:{path}:tmpfs:size=65536"]
     for target, source in shown.items():
         arguments += ["--bindmount_ro", f"{source}:{target}"]
     for path in jail.DEVICES:
         arguments += ["--bindmount", f"{path}:{path}"]
     for path, target in links.items():
         arguments += ["--symlink", f"{target}:{path}"]
-    for path in (*jail.PRIVATE.values(), jail.STAGE):
-        arguments += ["--mount", f"none:{path}:tmpfs:size=4096"]
     arguments += ["--disable_proc", "--bindmount", "/proc:/proc"] if user else ["--proc_rw"]
     return [*arguments, "--pass_fds"]
 

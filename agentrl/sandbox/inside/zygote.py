@@ -6,6 +6,7 @@ service's end of its stdin closes, it kills the fork server, and with that (pid 
 The fork server talks to the service over one SOCK_SEQPACKET socket: requests with descriptors in, outcomes out.
 """
 
+import contextlib
 import gc
 import importlib
 import json
@@ -268,15 +269,24 @@ class Zygote:
     def _kill(self, run: _Run, reason: str) -> None:
         run.killed = run.killed or reason
         # pid 1 of the run's namespace: the kernel kills the rest with it.
-        signal.pidfd_send_signal(run.pidfd, signal.SIGKILL)
+        if not self._signal_launched(run, signal.SIGKILL):
+            signal.pidfd_send_signal(run.pidfd, signal.SIGKILL)
 
     def _interrupt(self, run: _Run) -> None:
-        if not self._launcher:
+        if not self._signal_launched(run, signal.SIGINT):
             signal.pidfd_send_signal(run.pidfd, signal.SIGINT)
-            return
-        for name in os.listdir("/proc"):  # a launcher's child is the run; the launcher itself would die of it
+
+    def _signal_launched(self, run: _Run, number: int) -> bool:
+        """Signal what a launcher has started; the launcher then ends by itself. False when there is no such process."""
+        if not self._launcher:
+            return False
+        found = False
+        for name in os.listdir("/proc"):
             if name.isdecimal() and (process := _look_at(name, self._page)) is not None and process.parent == run.pid:
-                os.kill(int(name), signal.SIGINT)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(name), number)
+                    found = True
+        return found
 
     def _enforce(self) -> None:
         now = time.monotonic()
