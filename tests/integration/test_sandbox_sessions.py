@@ -125,7 +125,11 @@ def test_memory_hoarded_by_a_sessions_children_ends_it(full: Service) -> None:
 def test_sessions_do_not_see_each_other(full: Service) -> None:
     one, two = _open(full), _open(full)
     _cell(full, one, "secret = 'mine'\nopen('/tmp/secret', 'w').write(secret)\nopen('secret', 'w').write(secret)")
-    seen = _cell(full, two, "import os\n'secret' in globals(), os.path.exists('/tmp/secret'), os.path.exists('secret'), os.listdir('/proc')")
+    seen = _cell(
+        full,
+        two,
+        "import os\n'secret' in globals(), os.path.exists('/tmp/secret'), os.path.exists('secret'), os.listdir('/proc')",
+    )
     assert seen["run_result"]["stdout"].startswith("(False, False, False, ")
     assert len([n for n in eval(seen["run_result"]["stdout"])[3] if n.isdecimal()]) == 1
     _delete(full, one)
@@ -160,7 +164,14 @@ def test_a_forked_child_that_returns_from_the_cell_does_not_answer_for_the_sessi
 
 
 def test_a_notebook_has_sandbox_fusions_shape(service: Service) -> None:
-    cells = ["a = 123", "a", "print(a)", "import sys; sys.stderr.write('stderr message')\nNone", "raise RuntimeError('error message')", "a + 1"]
+    cells = [
+        "a = 123",
+        "a",
+        "print(a)",
+        "import sys; sys.stderr.write('stderr message')\nNone",
+        "raise RuntimeError('error message')",
+        "a + 1",
+    ]
     body = _post(service, "/run_jupyter", cells=cells).body
     assert body.keys() >= {"status", "message", "driver", "cells", "executor_pod_name", "files"}
     assert (body["status"], body["driver"]["status"], body["driver"]["return_code"]) == ("Success", "Finished", 0)
@@ -216,13 +227,18 @@ def test_a_program_that_does_not_compile_is_failed_without_a_run(full: Service) 
     assert (response["status"], response["run_result"]) == ("Failed", None)
     assert response["compile_result"]["return_code"] == 1
     assert "nonsense" in response["compile_result"]["stderr"]
-    endless = "#include __FILE__\n" * 3 + "template<int n> struct A { static const int v = A<n-1>::v + A<n-2>::v; };\nint main() {}"
+    endless = (
+        "#include __FILE__\n" * 3 + "template<int n> struct A { static const int v = A<n-1>::v + A<n-2>::v; };\nint main() {}"
+    )
     assert full.run(endless, language="cpp", compile_timeout=3)["status"] == "Failed"
 
 
 @pytest.mark.skipif("c" not in installed(), reason="gcc is not installed")
 def test_compiling_shows_the_host_no_more_than_running_does(full: Service) -> None:
-    for trick in ('#include "/etc/passwd"', '__asm__(".incbin \\"/etc/hostname\\"");',):
+    for trick in (
+        '#include "/etc/passwd"',
+        '__asm__(".incbin \\"/etc/hostname\\"");',
+    ):
         response = full.run(f"{trick}\nint main(void) {{ return 0; }}", language="c")
         assert response["status"] == "Failed", response
         assert "root:" not in response["compile_result"]["stderr"]

@@ -308,6 +308,7 @@ class Zygote:
             if name.isdecimal() and (process := _look_at(name, self._page)) is not None:
                 processes[int(name)] = process
         memory: dict[int, int] = {}
+        members: dict[int, list[int]] = {}
         cpu_s: dict[int, float] = {}
         for pid, process in processes.items():
             root = pid
@@ -317,9 +318,10 @@ class Zygote:
             is_fork = process.arguments and process.arguments == self._own_arguments
             private = max(0, process.anonymous_bytes - (self._own_anonymous if is_fork else 0))
             memory[root] = memory.get(root, 0) + private
+            members.setdefault(root, []).append(pid)
             cpu_s[root] = cpu_s.get(root, 0) + process.cpu_s
         for run in watched:
-            if memory.get(run.pid, 0) > run.memory_bytes:
+            if memory.get(run.pid, 0) > run.memory_bytes and _proportional(members[run.pid]) > run.memory_bytes:
                 self._kill(run, "memory")
             elif cpu_s.get(run.pid, 0) > run.total_cpu_s:
                 self._kill(run, "cpu")
@@ -358,6 +360,20 @@ def _look_at(name: str, page: int) -> _Process | None:
         )
     except (OSError, ValueError, IndexError):
         return None
+
+
+def _proportional(pids: list[int]) -> int | float:
+    """Anonymous bytes of the processes, pages that forks share counted once. Exact and slow: for those that look too large."""
+    total = 0
+    for pid in pids:
+        try:
+            with open(f"/proc/{pid}/smaps_rollup", "rb") as file:
+                total += next(int(line.split()[1]) * 1024 for line in file if line.startswith(b"Pss_Anon:"))
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        except (OSError, StopIteration, ValueError):
+            return math.inf  # not to be had here: the quick count decides
+    return total
 
 
 def _preload(name: str) -> bool:

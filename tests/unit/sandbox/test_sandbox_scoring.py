@@ -61,5 +61,8 @@ def test_two_tests_never_share_a_proof_and_nonsense_is_refused() -> None:
 
 
 def test_metrics_of_several_processes_are_added_up() -> None:
-    pages = [b'# HELP a b\n# TYPE a counter\na{x="1"} 2.0\nb 1.0\n', b'# HELP a b\n# TYPE a counter\na{x="1"} 3.0\na{x="2"} 1.0\nb 1.0\n']
+    pages = [
+        b'# HELP a b\n# TYPE a counter\na{x="1"} 2.0\nb 1.0\n',
+        b'# HELP a b\n# TYPE a counter\na{x="1"} 3.0\na{x="2"} 1.0\nb 1.0\n',
+    ]
     assert add_metrics(pages).decode() == '# HELP a b\n# TYPE a counter\na{x="1"} 5.0\nb 2.0\na{x="2"} 1.0\n'
