@@ -154,7 +154,12 @@ def evaluate(
 def sandbox(
     host: Annotated[str, typer.Option(help="Address to bind; other than loopback needs --token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free port.")] = 8080,
-    workers: Annotated[int, typer.Option(help="Warm fork-servers.")] = 1,
+    workers: Annotated[int, typer.Option(help="Warm fork-servers of each process.")] = 1,
+    processes: Annotated[int, typer.Option(help="HTTP processes behind the port; the limits are shared out.")] = 1,
+    tier: Annotated[
+        str, typer.Option(help="auto | zygote | zygote-landlock | bubblewrap | nsjail; auto takes the first that isolates.")
+    ] = "auto",
+    max_sessions: Annotated[int | None, typer.Option(help="Open sessions at once; by default what memory allows.")] = None,
     memory_mb: Annotated[int, typer.Option(help="Memory limit of one run.")] = 512,
     preload: Annotated[list[str] | None, typer.Option(help="Module imported once, before any run; repeat for more.")] = None,
     token: Annotated[
@@ -170,6 +175,9 @@ def sandbox(
         host,
         port,
         workers=workers,
+        processes=processes,
+        tier=tier,
+        max_sessions=max_sessions,
         memory_mb=memory_mb,
         preload=preload or [],
         token=token,

@@ -21,6 +21,7 @@ import pytest
 from sandbox_harness import REPOSITORY, UNPRIVILEGED_UID, Service, running_service, with_readable_interpreter
 
 MEMORY_MB = 192
+TIERS = ("zygote", "zygote-landlock", "bubblewrap", "nsjail")
 
 PRELUDE = """
 import ctypes, errno, os, signal, socket, struct, subprocess, sys, time
@@ -58,7 +59,7 @@ class Target:
 
     @property
     def has_namespaces(self) -> bool:
-        return self.tier == "zygote"
+        return self.tier != "zygote-landlock"
 
     def attack(self, code: str, **fields: Any) -> dict[str, Any]:
         names = {
@@ -143,7 +144,7 @@ def _canaries(directory: Path) -> Generator[tuple[subprocess.Popen[bytes], dict[
         yield process, sockets, secret, abstract
 
 
-@pytest.fixture(scope="module", params=["zygote/root", "zygote/user", "zygote-landlock/root", "zygote-landlock/user"])
+@pytest.fixture(scope="module", params=[f"{tier}/{who}" for tier in TIERS for who in ("root", "user")])
 def target(request: pytest.FixtureRequest) -> Generator[Target, None, None]:
     tier, _, who = request.param.partition("/")
     prefix: list[str] | None = None

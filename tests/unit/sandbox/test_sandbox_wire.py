@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentrl.sandbox.job import MIB, Job, Limits, Outcome, Reason, check_path
-from agentrl.sandbox.wire import BadRequest, RunCodeRequest, to_job, to_response
+from agentrl.sandbox.wire import BadRequest, RunCodeRequest, to_program, to_response
 
 
 def job(**fields: Any) -> Job:
-    return to_job(RunCodeRequest(**({"code": "1"} | fields)), memory_limit_mb=512)
+    return to_program(RunCodeRequest(**({"code": "1"} | fields)), memory_limit_mb=512).run
 
 
 def outcome(code: int, reason: Reason) -> Outcome:
@@ -83,7 +83,7 @@ def test_other_languages_are_refused_by_name_of_what_there_is(language: str) -> 
 def test_outcomes_map_to_sandbox_fusions_statuses(
     code: int, reason: Reason, status: str, run_status: str, return_code: int | None
 ) -> None:
-    response = to_response(outcome(code, reason), job(), queue_time_s=0.5, tier="zygote")
+    response = to_response(outcome(code, reason), job().limits, queue_time_s=0.5, tier="zygote")
     assert response.run_result is not None
     assert (response.status, response.run_result.status, response.run_result.return_code) == (status, run_status, return_code)
     assert (response.message == "") == (reason in ("ok", "exit"))
@@ -91,7 +91,7 @@ def test_outcomes_map_to_sandbox_fusions_statuses(
 
 
 def test_the_golden_response_keeps_its_keys() -> None:
-    response = json.loads(to_response(outcome(0, "ok"), job(), queue_time_s=0.0, tier="zygote").model_dump_json())
+    response = json.loads(to_response(outcome(0, "ok"), job().limits, queue_time_s=0.0, tier="zygote").model_dump_json())
     assert {name: response[name] for name in ("status", "message", "compile_result", "executor_pod_name", "files")} == {
         "status": "Success", "message": "", "compile_result": None, "executor_pod_name": None, "files": {},
     }  # fmt: skip
