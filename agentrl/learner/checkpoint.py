@@ -28,7 +28,7 @@ from agentrl.errors import CheckpointError
 from agentrl.learner.distributed import Team
 from agentrl.learner.durable import point_link, replace_directory, sync_tree
 from agentrl.learner.learner import Learner
-from agentrl.learner.model import link_or_copy
+from agentrl.learner.model import link_or_copy, link_tree
 
 logger = logging.getLogger(__name__)
 
@@ -119,8 +119,7 @@ class Checkpoints:
         if weights_from is None:
             learner.export(temporary)
         elif team.is_main:
-            for file in Path(weights_from).iterdir():
-                link_or_copy(file, temporary / file.name)
+            link_tree(Path(weights_from), temporary)
         if team.is_main:
             self._finish(learner, temporary, final, step=step, state=state, consumed=list(consumed))
         self._parent = final

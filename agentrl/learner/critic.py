@@ -47,7 +47,8 @@ class ValueModel(nn.Module):
         value_positions: Tensor,  # [M] int64, never a sequence's first
     ) -> Tensor:  # [M] fp32
         hidden = hidden_states(self, ids, position_ids, cu_seqlens, max_length)
-        return self.value_head(hidden[predictor_index(value_positions, position_ids)])[:, 0].float()
+        # A sum over the head's one column, not an index: FSDP hooks the output, which must not be a view.
+        return self.value_head(hidden[predictor_index(value_positions, position_ids)]).float().sum(dim=-1)
 
 
 class Critic:

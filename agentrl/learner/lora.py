@@ -57,7 +57,10 @@ def add_adapters(hf: Any, settings: LoraSettings) -> None:
     )  # fmt: skip
     hf.requires_grad_(False)
     try:
-        inject_adapter_in_model(config, hf, adapter_name=ADAPTER)
+        # The same random adapters on every rank and in every start, whatever was drawn before.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            inject_adapter_in_model(config, hf, adapter_name=ADAPTER)
     except ValueError as error:
         raise ConfigError(f"lora: targets={list(settings.targets)} fit no layer of {type(hf).__name__}: {error}") from error
 
@@ -107,6 +110,7 @@ def write_adapters(directory: Path, state: Mapping[str, Tensor], hf: Any, settin
     save_file(adapters, str(directory / "adapter_model.safetensors"), metadata={"format": "pt"})
     used: LoraConfig = hf.peft_config[ADAPTER] if hasattr(hf, "peft_config") else LoraConfig(r=settings.rank)
     described = {key: _plain(value) for key, value in dataclasses.asdict(used).items()}
+    described.pop("runtime_config", None)
     described["base_model_name_or_path"] = str(getattr(hf.config, "_name_or_path", "") or "")
     (directory / "adapter_config.json").write_text(json.dumps(described, indent=2, sort_keys=True, default=str))
 

@@ -262,6 +262,15 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
+def link_tree(source: Path, target: Path) -> None:
+    """Every file below ``source`` under its relative name below ``target``, as `link_or_copy`."""
+    for file in sorted(source.rglob("*")):
+        if file.is_file():
+            place = target / file.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(file, place)
+
+
 def load_causal_lm(path: str | Path) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
