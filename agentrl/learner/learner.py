@@ -8,7 +8,7 @@ batch and gets the metrics.
 import logging
 import math
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -328,9 +328,16 @@ def batch_metrics(batch: StepBatch) -> dict[str, float]:
     metrics |= _spread_of("response_length", [t.num_sampled for t in trajectories])
     metrics |= _spread_of("prompt_length", [t.segments[0].prompt_length for t in trajectories if t.segments])
     metrics |= _spread_of("num_turns", [sum(turn.kind == "model" for turn in t.turns) for t in trajectories])
+    tools = [[turn for turn in t.turns if turn.kind == "tool"] for t in trajectories]
+    metrics |= _spread_of("tool_call_counts", [len(calls) for calls in tools])
+    if any(tools):
+        metrics["tools/failure_frequency"] = float(np.mean([not turn.ok for calls in tools for turn in calls]))
     metrics |= _spread_of("training/off_policy/trajectory_staleness", [row.staleness for row in batch.rows])
     if trajectories:
         metrics["reward/mean"] = metrics["critic/rewards/mean"]
+        stops = Counter(t.stop for t in trajectories)
+        metrics |= {f"agentrl/stop/{stop}": count / len(trajectories) for stop, count in sorted(stops.items())}
+        metrics["response_length/clip_ratio"] = stops["max_tokens"] / len(trajectories)
     terms = sorted({name for t in trajectories for name in t.reward_terms})
     for name in terms:
         values = [t.reward_terms[name] for t in trajectories if name in t.reward_terms]

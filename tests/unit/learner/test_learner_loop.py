@@ -14,6 +14,7 @@ from agentrl.learner.distributed import Team
 from agentrl.learner.learner import Learner
 from agentrl.learner.loop import run_learning
 from agentrl.learner.weight_publisher import WeightPublisher
+from agentrl.telemetry.metrics import undeclared
 from agentrl.types import PolicyRecord
 
 
@@ -34,6 +35,7 @@ class Rig:
         def note(metrics: dict[str, float]) -> None:
             self.losses[int(metrics["step"])] = metrics["actor/pg_loss"]
             self.metrics.append(metrics)
+            assert undeclared(list(metrics)) == []
             on_step(metrics)
 
         run_learning(
