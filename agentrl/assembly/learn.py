@@ -21,7 +21,14 @@ from agentrl.learner.learner import Learner
 from agentrl.learner.loop import run_learning
 from agentrl.learner.lora import LoraSettings
 from agentrl.learner.optim import OptimizerSettings
-from agentrl.learner.settings import CriticSettings, KLSettings, LossSettings, Overlong, check_settings
+from agentrl.learner.settings import (
+    GROUPLESS_ADVANTAGES,
+    CriticSettings,
+    KLSettings,
+    LossSettings,
+    Overlong,
+    check_settings,
+)
 from agentrl.learner.weight_publisher import WeightPublisher
 from agentrl.process import die_with_parent
 from agentrl.stream.connection import check_server, connect
@@ -76,7 +83,7 @@ def _learn(config: Config, directory: RunDir) -> None:
             max_staleness=config.learn.max_staleness,
             staleness_policy=config.learn.on_stale,
             zero_spread=config.learn.zero_spread,
-            min_group_size=min(2, config.serve.n),
+            min_group_size=1 if config.learn.advantage in GROUPLESS_ADVANTAGES else min(2, config.serve.n),
         )
         loop = partial(
             run_learning, batches=batches, learner=learner, checkpoints=checkpoints, publisher=publisher,
@@ -111,6 +118,11 @@ def check_learning(config: Config) -> None:
     """
     critic = critic_settings(config)
     check_settings(loss_settings(config), temperature=config.serve.temperature, has_critic=critic is not None)
+    if config.learn.advantage in GROUPLESS_ADVANTAGES and config.learn.zero_spread != "keep":
+        log.warning(
+            "learn.zero_spread=%s drops groups whose rewards are all equal, from which learn.advantage=%s would learn: set it to keep",
+            config.learn.zero_spread, config.learn.advantage,
+        )  # fmt: skip
 
 
 def build_learner(config: Config, *, team: Team) -> Learner:

@@ -27,6 +27,9 @@ TURN_ADVANTAGES = frozenset({"turn_grpo", "turn_return", "gigpo"})
 TOKEN_STATISTICS = frozenset({"optimal_token_baseline", "tir_optimal_token_baseline"})
 """Estimators that need each token's logprob and the sum of squared probabilities, hence a forward pass before the step."""
 
+GROUPLESS_ADVANTAGES = frozenset({"gae", "reinforce_plus_plus"})
+"""Estimators that compare nothing within a group: a group of one, or one without spread, teaches them as much as any other."""
+
 UNAVAILABLE = {"remax": "greedy baseline rollouts"}
 """Estimators that this learner cannot feed, and what they lack."""
 
@@ -45,7 +48,10 @@ DEFAULT_KL_ESTIMATOR = {"loss": "k3", "reward": "k1"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overlong:
-    """DAPO's soft punishment of long answers, added to the reward (arXiv:2503.14476, eq. 13). Only sampled tokens count."""
+    """DAPO's soft punishment of long answers, added to the reward (arXiv:2503.14476, eq. 13).
+
+    Only sampled tokens count. Whether a group has spread is judged before it, on the env's own reward, as DAPO filters.
+    """
 
     max_length: int
     """Sampled tokens at which the penalty is full."""

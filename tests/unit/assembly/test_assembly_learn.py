@@ -67,6 +67,13 @@ def test_sections_reach_the_learner() -> None:
     check_learning(given)
 
 
+def test_dropping_groups_that_the_estimator_could_learn_from_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    check_learning(config({"advantage": "reinforce_plus_plus", "zero_spread": "keep"}))
+    assert caplog.text == ""
+    check_learning(config({"advantage": "reinforce_plus_plus"}))
+    assert "learn.zero_spread=drop" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("learn", "words"),
     [
