@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from agentrl.learner.distributed import Team
 from agentrl.learner.logprobs import predictor_index
-from agentrl.learner.model import disable_dropout, hidden_states, load_causal_lm, row_arguments, shard
+from agentrl.learner.model import disable_dropout, hidden_states, load_causal_lm, place, row_arguments, shard
 from agentrl.learner.optim import OptimizerSettings, build_optimizer
 from agentrl.learner.packing import PackedRow, pack_row
 from agentrl.learner.settings import CriticSettings
@@ -70,8 +70,7 @@ class Critic:
             hf.activation_checkpointing_enable({"use_reentrant": False})
         disable_dropout(hf)
         self.model = ValueModel(hf)
-        if not offload:
-            self.model.to(team.device)
+        place(self.model, team, offload=offload)
         self.model.train()
         shard(self.model, self.model.layers, team, dtype=dtype, offload=offload)
         self.optimizer_settings: OptimizerSettings = settings.optimizer

@@ -119,11 +119,20 @@ def load_policy(
     if lora is not None:
         add_adapters(hf, lora)
     policy = PolicyModel(hf, temperature=temperature, chunk_size=chunk_size, lora=lora)
-    if not offload:
-        policy.to(team.device)
+    place(policy, team, offload=offload)
     policy.train()  # transformers checkpoints activations only in train mode
     shard(policy, policy.layers, team, dtype=dtype, offload=offload)
     return policy
+
+
+def place(model: nn.Module, team: Team, *, offload: bool) -> None:
+    """Bring a model to its device before it is sharded; with ``offload`` only its buffers, which FSDP leaves where they are."""
+    if not offload:
+        model.to(team.device)
+        return
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(team.device))
 
 
 def shard(model: nn.Module, layers: Any, team: Team, *, dtype: Literal["fp32", "bf16"] = "fp32", offload: bool = False) -> None:
