@@ -94,8 +94,16 @@ def run_agentrl(o: argparse.Namespace) -> dict[str, float]:
     tokens = sum(len(s.ids) for g in groups for t in g for s in t.segments)
     return measured(
         lambda: learner.step(batch(groups))["actor/pg_loss"], num_tokens=tokens, repeats=o.repeats,
-        warm_up=lambda: learner.step(batch(groups[:1])),
+        warm_up=lambda: learner.step(batch([smaller(groups[0])])),
     )  # fmt: skip
+
+
+def smaller(group: Any) -> Any:
+    """A group's first two members: a warm-up that costs little."""
+    import dataclasses
+
+    close = dataclasses.replace(group.close, size=2, members=group.close.members[:2])
+    return dataclasses.replace(group, close=close, trajectories=group.trajectories[:2])
 
 
 def make_groups(o: argparse.Namespace) -> list[Any]:
@@ -176,9 +184,7 @@ def run_padded(o: argparse.Namespace) -> dict[str, float]:
         return loss_sum
 
     tokens = sum(len(p) + len(r) for p, r in data)
-    return measured(
-        lambda: step(o.sequences), num_tokens=tokens, repeats=o.repeats, warm_up=lambda: step(min(o.group, o.sequences))
-    )
+    return measured(lambda: step(o.sequences), num_tokens=tokens, repeats=o.repeats, warm_up=lambda: step(2))
 
 
 def run_trl(o: argparse.Namespace) -> dict[str, float]:
@@ -232,7 +238,7 @@ def run_trl(o: argparse.Namespace) -> dict[str, float]:
             return loss_sum
 
         tokens = sum(len(p) + len(r) for p, r in data)
-        return measured(lambda: step(o.sequences), num_tokens=tokens, repeats=o.repeats, warm_up=lambda: step(o.micro_sequences))
+        return measured(lambda: step(o.sequences), num_tokens=tokens, repeats=o.repeats, warm_up=lambda: step(2))
 
 
 def run_head(o: argparse.Namespace, *, chunked: bool) -> dict[str, float]:
@@ -287,15 +293,15 @@ def model_options(model: str, scratch: Path, o: argparse.Namespace) -> dict[str,
 
         path = make_tiny_model(scratch / "tiny", vocab_size=1024, hidden_size=128, num_layers=4)
         return {
-            "model_dir": str(path), "vocab": 1024, "hidden": 128, "sequences": 128, "micro_tokens": 4096, "micro_sequences": 8,
-            "mean": 120.0, "longest": 512, "repeats": 3, "head_tokens": 16384,
+            "model_dir": str(path), "vocab": 1024, "hidden": 128, "sequences": o.sequences * 4, "micro_tokens": 4096, "micro_sequences": 8,
+            "mean": 120.0, "longest": 512, "repeats": o.repeats, "head_tokens": 16384,
         }  # fmt: skip
     from transformers import AutoConfig
 
     config: Any = AutoConfig.from_pretrained(model)
     return {
         "model_dir": model, "vocab": config.vocab_size, "hidden": config.hidden_size, "sequences": o.sequences,
-        "micro_tokens": 2048, "micro_sequences": 4, "mean": 80.0, "longest": 512, "repeats": 1, "head_tokens": 4096,
+        "micro_tokens": 2048, "micro_sequences": 4, "mean": 80.0, "longest": 512, "repeats": o.repeats, "head_tokens": 4096,
     }  # fmt: skip
 
 
@@ -304,7 +310,10 @@ def main() -> None:
     parser.add_argument("--model", action="append", help="`tiny`, or a Hugging Face directory; may be repeated")
     parser.add_argument("--trl-python", help="interpreter of an environment that has TRL")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--sequences", type=int, default=16, help="of the larger model's batch")
+    parser.add_argument(
+        "--sequences", type=int, default=16, help="of a large model's batch; four times as many of the tiny one's"
+    )
+    parser.add_argument("--repeats", type=int, default=2, help="timed steps per process; the fastest counts")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--candidate", help=argparse.SUPPRESS)
     parser.add_argument("--options", help=argparse.SUPPRESS)
