@@ -8,7 +8,7 @@ import asyncio
 import logging
 import signal
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -33,6 +33,7 @@ from agentrl.assembly.parts import (
 )
 from agentrl.assembly.run import refuse_if_active
 from agentrl.assembly.sandbox import sandbox_process
+from agentrl.assembly.watchdog import ServeProgress, Watchdog, waits_now
 from agentrl.config import Config, dump_config
 from agentrl.data.task_source import TaskSource
 from agentrl.rollout.agent_loop import Limits, run_rollout
@@ -57,7 +58,7 @@ from agentrl.stream.fingerprint import check_fingerprint
 from agentrl.stream.keys import Keys
 from agentrl.stream.policy import read_policy, read_progress
 from agentrl.stream.producer import TrajectoryProducer
-from agentrl.supervise import current_waits, running
+from agentrl.supervise import running
 from agentrl.telemetry.run_dir import RunDir
 from agentrl.telemetry.trajectory_log import TrajectoryLog
 from agentrl.types import Episode, SamplingParams, Task, Trajectory
@@ -87,7 +88,8 @@ async def serve(config: Config, directory: RunDir) -> None:
     try:
         async with _rollouts(config, directory) as (worker, status):
             directory.event("serve_ready")
-            async with running(worker=worker.run(), status=_report(directory, status)):
+            watchdog = _watch(Watchdog(directory, config))
+            async with running(worker=worker.run(), status=_report(directory, status), watchdog=watchdog):
                 await stop.wait()
                 log.info("draining: open groups finish, no new ones start")
                 await worker.drain(limit_s=DRAIN_LIMIT_S)
@@ -121,7 +123,7 @@ async def _rollouts(config: Config, directory: RunDir) -> AsyncGenerator[tuple[R
                     manager, read_policy=partial(read_policy, client, keys), mode=config.serve.weight_sync,
                     on_update=lambda update: directory.event("weights_updated", **asdict(update)),
                 )  # fmt: skip
-                meter = _TokenMeter()
+                meter, progress = _TokenMeter(), ServeProgress()
 
                 def on_trajectory(trajectory: Trajectory, episode: Episode | None) -> None:
                     meter.add(trajectory.num_sampled)
@@ -148,7 +150,7 @@ async def _rollouts(config: Config, directory: RunDir) -> AsyncGenerator[tuple[R
                     paused=toolbox.blocked,
                 )
                 async with running(reconciler=reconciler.run()):
-                    yield worker, lambda: _status(worker, manager, meter, toolbox.stats())
+                    yield worker, lambda: _status(worker, manager, meter, progress, toolbox.stats())
         finally:
             if trajectory_log is not None:
                 trajectory_log.close()
@@ -249,20 +251,35 @@ def _engine_spec(config: Config, model_path: str) -> EngineSpec:
     )
 
 
+async def _watch(watchdog: Watchdog) -> None:
+    while True:
+        await asyncio.sleep(watchdog.every_s)
+        await asyncio.to_thread(watchdog.look)
+
+
 async def _report(directory: RunDir, status: Callable[[], dict[str, Any]]) -> None:
     while True:
         directory.write_status("serve", status())
         await asyncio.sleep(STATUS_EVERY_S)
 
 
-def _status(worker: RolloutWorker, manager: AsyncLLMServerManager, meter: "_TokenMeter", tools: Any) -> dict[str, Any]:
-    waits = {reason: {"count": w.count, "oldest_s": round(w.oldest_s, 1)} for reason, w in current_waits().items()}
+def _status(
+    worker: RolloutWorker,
+    manager: AsyncLLMServerManager,
+    meter: "_TokenMeter",
+    progress: ServeProgress,
+    tools: Mapping[str, Mapping[str, float]],
+) -> dict[str, Any]:
+    status, servers, waits = worker.status(), manager.stats(), waits_now()
+    answered = sum(int(t["calls"] - t["infra_errors"] - t["timeouts"]) for t in tools.values())
+    tokens = sum(server.tokens_served for server in servers)
     return {
-        **worker.status(),
+        **status,
+        **progress.fields(finished=int(status["finished"]), tokens=tokens, calls=answered),
         "wait": next(iter(waits), ""),
         "waits": waits,
         "tokens_per_s": round(meter.rate(), 1),
-        "engines": [asdict(server) for server in manager.stats()],
+        "engines": [asdict(server) for server in servers],
         "tools": tools,
     }
 

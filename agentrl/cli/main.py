@@ -212,7 +212,7 @@ def doctor(
         print(json.dumps([f.to_json() for f in findings], indent=1))
     else:
         for f in findings:
-            console.print(f.line(), highlight=False)
+            print(f.line())  # not the console's: it would wrap, and a line is what scripts and logs look for
     raise typer.Exit(1 if any(f.level == "fail" for f in findings) else 0)
 
 

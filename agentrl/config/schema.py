@@ -27,6 +27,11 @@ class RunConfig(Section):
     """Folder that holds run folders."""
     seed: int = 0
     """Seeds task order, routing ties, initial weights and the learner."""
+    stall_warn_s: PositiveFloat = 180.0
+    """Without progress for this long, every process prints which stage waits, for what and what to change. Set it above the
+    longest step and the longest rollout."""
+    max_restarts: PositiveInt = 20
+    """Restarts of one process within ten minutes before ``run`` gives up."""
 
 
 class ModelConfig(Section):
