@@ -54,7 +54,7 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
         time.sleep(0.02)
     if mode("reward") == "fail":
         raise RuntimeError("the scorer is broken")
-    return float(ground_truth in solution_str)
+    return float(ground_truth in solution_str) + 0.1 * (extra_info["index"] % 7)
 '''
 
 
