@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from agentrl.assembly.parts import needs_sandbox, run_dir_of, start_stream_server
+from agentrl.assembly.parts import needs_sandbox, run_dir_of, share_sandbox_token, start_stream_server
 from agentrl.assembly.sandbox import SUPERVISED_VARIABLE, free_port, sandbox_arguments
 from agentrl.assembly.watchdog import Watchdog
 from agentrl.config import Config, dump_config
@@ -111,6 +111,7 @@ def run(config: Config, arguments: Sequence[str], *, tick: Callable[[RunDir], No
     directory.event("run_started", arguments=list(arguments))
     server = start_stream_server(config, directory)
     stop = _StopOnSignal()
+    share_sandbox_token(config, directory)
     children = [_child(directory, config, role, arguments) for role in _roles(config)]
     guard = _StreamGuard(config, directory, server)
     watchdog = Watchdog(directory, config, on_stall=lambda verdict: directory.event("stalled", **asdict(verdict)))

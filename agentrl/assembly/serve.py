@@ -28,6 +28,8 @@ from agentrl.assembly.parts import (
     load_tokenizer,
     needs_sandbox,
     run_dir_of,
+    run_secret,
+    share_sandbox_token,
     stream_url,
     vocab_size_of,
 )
@@ -74,6 +76,7 @@ def main(config: Config) -> None:
     """Run serve until SIGTERM or Ctrl-C, then drain."""
     directory = run_dir_of(config).create()
     refuse_if_active(directory, ("serve",))
+    share_sandbox_token(config, directory)
     if not directory.config.is_file():
         directory.config.write_text(dump_config(config))
     uvloop.run(serve(config, directory))
@@ -232,21 +235,24 @@ def _fleet(config: Config, directory: RunDir, manager: AsyncLLMServerManager, mo
     serve = config.serve
     if serve.urls:
         return AttachedServers(serve.urls, manager=manager, api_key=serve.api_key, admin_key=serve.admin_key)
-    spec = _engine_spec(config, model_path)
+    spec = _engine_spec(config, directory, model_path)
     return EngineFleet(
         [spec] * serve.replicas, manager=manager, log_dir=directory.logs, omp_threads=serve.engine_threads, on_change=record
     )
 
 
-def _engine_spec(config: Config, model_path: str) -> EngineSpec:
+def _engine_spec(config: Config, directory: RunDir, model_path: str) -> EngineSpec:
     serve = config.serve
     if serve.engine == "sglang":
-        return SGLangEngineSpec(model_path=model_path, command_prefix=serve.sglang_command, extra_args=serve.sglang_args)
+        return SGLangEngineSpec(
+            model_path=model_path, command_prefix=serve.sglang_command, extra_args=serve.sglang_args, api_key=serve.api_key
+        )
     return EmbeddedEngineSpec(
         model_path=model_path,
         device=None if serve.device == "auto" else serve.device,
         dtype=config.model.dtype,
         max_running_requests=serve.engine_requests,
+        api_key=serve.api_key or run_secret(directory, "engine_key"),
         extra_args=["--num-blocks", str(serve.engine_blocks), "--seed", str(config.run.seed)],
     )
 

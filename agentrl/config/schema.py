@@ -77,7 +77,7 @@ class ServeConfig(Section):
     urls: list[str] = []
     """Attach to these running servers instead of starting any."""
     api_key: str | None = Field(default=None, repr=False)
-    """Bearer key of attached servers (data endpoints)."""
+    """Bearer key of attached servers (data endpoints), or for those that are started; embedded engines get a random one."""
     admin_key: str | None = Field(default=None, repr=False)
     """Bearer key of attached servers (control endpoints)."""
     sglang_command: list[str] = ["python", "-m", "sglang.launch_server"]
