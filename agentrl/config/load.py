@@ -41,7 +41,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), *, secti
         yaml.YAMLError,
         ValueError,
         TypeError,
-        AssertionError,
+        OSError,
         RecursionError,
     ) as error:
         # The last four come from inside these libraries: bytes that are not UTF-8, keys of odd types, nesting without end.

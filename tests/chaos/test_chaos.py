@@ -103,7 +103,7 @@ def start(project: Path) -> Iterator[Callable[..., Run]]:
 def attack(run: Run, rng: random.Random, role: str) -> dict[str, Any]:
     """One event, and what became of it."""
     halt_s = rng.uniform(0.3, 5.0) if rng.random() < 0.25 else 0.0
-    waits_for_recovery = rng.random() < 0.5
+    waits_for_recovery = rng.random() < 0.35
     pause_s = rng.uniform(0.0, 3.0)
     pid = run.wait(lambda: run.pid_of(role), seconds=60, name=f"live {role}")
     before = run.acknowledged()
