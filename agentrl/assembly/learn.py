@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from types import FrameType
 
@@ -20,6 +21,7 @@ from agentrl.assembly.parts import (
     stream_url,
 )
 from agentrl.assembly.run import refuse_if_active
+from agentrl.assembly.watchdog import LearnStatus, Watchdog
 from agentrl.config import Config, dump_config
 from agentrl.errors import StalledError
 from agentrl.learner.batching import BatchBuilder
@@ -83,9 +85,14 @@ def _torchrun(ranks: int, arguments: Sequence[str]) -> int:
 def _learn(config: Config, directory: RunDir) -> None:
     stop = _StopFlag()
     team = start_team()
-    try:
+    with ExitStack() as stack:
+        stack.callback(stop_team)
+        status: LearnStatus | None = None
+        if team.is_main:
+            status = stack.enter_context(LearnStatus(directory, watchdog=Watchdog(directory, config)))
         learner = build_learner(config, team=team)
-        checkpoints = Checkpoints(directory.checkpoints, keep=config.learn.keep)
+        on_stage = None if status is None else lambda _: status.does("checkpoint")
+        checkpoints = Checkpoints(directory.checkpoints, keep=config.learn.keep, on_stage=on_stage)
         publisher = WeightPublisher(directory.weights)
         batches = BatchBuilder(
             groups_per_step=config.learn.groups,
@@ -99,7 +106,7 @@ def _learn(config: Config, directory: RunDir) -> None:
             num_steps=config.learn.steps, save_every=config.learn.save_every, ack_at=config.queue.ack_at,
             prefetch=config.learn.prefetch, should_stop=lambda: stop.requested, stall_timeout_s=config.learn.stall_timeout_s, resume=config.learn.resume,
         )  # fmt: skip
-        if not team.is_main:
+        if status is None:
             loop(None, announce=lambda record, consumed: None)
             return
         with connect(stream_url(config, directory), role="learn") as client:
@@ -108,15 +115,13 @@ def _learn(config: Config, directory: RunDir) -> None:
             tokenizer = load_tokenizer(config)
             schemas = build_toolbox(config, tokenizer, sandbox_url=PLACEHOLDER_URL).schemas()
             check_fingerprint(client, keys, "learn", fingerprint(config, tokenizer, schemas))
-            source = _Source(TrajectoryConsumer(client, keys))
-            report = _Report(config, directory)
-            version = loop(source, announce=source.announce, on_step=report.step, on_wait=report.wait)
+            source = _Source(TrajectoryConsumer(client, keys), status)
+            report = _Report(config, directory, status)
+            version = loop(source, announce=source.announce, on_step=report.step, on_wait=source.wait)
             report.close()
             directory.event("learn_ended", version=version, complete=version >= config.learn.steps)
         if version < config.learn.steps and not stop.requested:
             raise StalledError(f"learning ended at version {version} of {config.learn.steps}")
-    finally:
-        stop_team()
 
 
 def check_learning(config: Config) -> None:
@@ -224,8 +229,8 @@ def lora_settings(config: Config) -> LoraSettings | None:
 class _Source:
     """The stream as the loop sees it. Admission counts groups since the stream began, the loop since its lineage did."""
 
-    def __init__(self, consumer: TrajectoryConsumer) -> None:
-        self._consumer = consumer
+    def __init__(self, consumer: TrajectoryConsumer, status: LearnStatus) -> None:
+        self._consumer, self._status = consumer, status
         self._other_lineages: int | None = None
 
     def acquire(self) -> int:
@@ -233,7 +238,15 @@ class _Source:
         return self._consumer.acquire()
 
     def next_group(self, timeout_s: float) -> TrajectoryGroup | None:
-        return self._consumer.next_group(timeout_s)
+        group = self._consumer.next_group(timeout_s)
+        if group is not None:
+            self._status.moved()
+        return group
+
+    def wait(self, reason: str, seconds: float) -> None:
+        """What the loop waits for; while the server is away that is the stream, whatever the loop thinks."""
+        outage_s = self._consumer.outage_s
+        self._status.waits("stream" if outage_s else reason, outage_s or seconds)
 
     def commit(self, groups: Sequence[TrajectoryGroup], outcomes: Mapping[str, str]) -> None:
         wanted = {i for group in groups for i in (*group.close.members, *group.close.failed)}
@@ -247,6 +260,7 @@ class _Source:
 
     def announce(self, record: PolicyRecord, consumed_groups: int) -> None:
         self._consumer.publish_policy(record, consumed_groups=self._since_the_stream_began(consumed_groups))
+        self._status.moved(version=record.version, doing="checkpoint or next batch")
 
     def _since_the_stream_began(self, consumed_groups: int) -> int:
         """Groups that left the stream but are not in this lineage (after a resume from an older checkpoint, or none) count too."""
@@ -256,34 +270,26 @@ class _Source:
 
 
 class _Report:
-    """Metrics of each step, and what learn waits for, into the run directory."""
+    """Metrics of each step into the run directory and the trackers."""
 
-    def __init__(self, config: Config, directory: RunDir) -> None:
-        self._config, self._directory = config, directory
+    def __init__(self, config: Config, directory: RunDir, status: LearnStatus) -> None:
+        self._config, self._directory, self._learn_status = config, directory, status
         self._trackers: list[Tracker] | None = None
-        self._version = 0
 
     def step(self, metrics: Mapping[str, float]) -> None:
-        self._version = int(metrics["policy_version"])
+        version = int(metrics["policy_version"])
         if self._trackers is None:
             self._trackers = open_trackers(
                 self._config.log.trackers, self._directory, run_name=self._config.run.name,
-                config=self._config.model_dump(mode="json", exclude={"queue"}), resumed_at=self._version - 1,
+                config=self._config.model_dump(mode="json", exclude={"queue"}), resumed_at=version - 1,
             )  # fmt: skip
         for tracker in self._trackers:
             tracker.record(metrics)
-        self._status({})
-
-    def wait(self, reason: str, seconds: float) -> None:
-        self._status({reason: {"count": 1, "oldest_s": round(seconds, 1)}})
+        self._learn_status.moved(version=version, doing="checkpoint or next batch")
 
     def close(self) -> None:
         for tracker in self._trackers or []:
             tracker.close()
-
-    def _status(self, waits: Mapping[str, Mapping[str, float]]) -> None:
-        status = {"policy_version": self._version, "wait": next(iter(waits), ""), "waits": waits}
-        self._directory.write_status("learn", status)
 
 
 class _StopFlag:

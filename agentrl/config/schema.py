@@ -27,6 +27,11 @@ class RunConfig(Section):
     """Folder that holds run folders."""
     seed: int = 0
     """Seeds task order, routing ties, initial weights and the learner."""
+    stall_warn_s: PositiveFloat = 180.0
+    """Without progress for this long, every process prints which stage waits, for what and what to change. Set it above the
+    longest step and the longest rollout."""
+    max_restarts: PositiveInt = 20
+    """Restarts of one process within ten minutes before ``run`` gives up."""
 
 
 class ModelConfig(Section):
@@ -72,7 +77,7 @@ class ServeConfig(Section):
     urls: list[str] = []
     """Attach to these running servers instead of starting any."""
     api_key: str | None = Field(default=None, repr=False)
-    """Bearer key of attached servers (data endpoints)."""
+    """Bearer key of attached servers (data endpoints), or for those that are started; embedded engines get a random one."""
     admin_key: str | None = Field(default=None, repr=False)
     """Bearer key of attached servers (control endpoints)."""
     sglang_command: list[str] = ["python", "-m", "sglang.launch_server"]

@@ -37,6 +37,9 @@ STATE_FILE = "state.json"
 TRAINED_FILE = "trained_ids.jsonl"
 LEDGER_FILE = "ledger.jsonl"
 LATEST = "latest"
+_STATE_FIELDS: dict[str, type] = {
+    "step": int, "policy_version": int, "num_updates": int, "num_skipped_updates": int, "rng": str, "state": dict, "files": dict,
+}  # fmt: skip
 _STEP = re.compile(r"step_(\d+)")
 
 
@@ -264,6 +267,8 @@ def damage(path: Path) -> str | None:
         saved = read_state(path)
     except CheckpointError as error:
         return str(error)
+    if unlisted := [name for name in (TRAINED_FILE, LEDGER_FILE) if name not in saved["files"]]:
+        return f"{STATE_FILE} does not list {', '.join(unlisted)}"
     for name, size in saved["files"].items():
         file = path / name
         if not file.is_file():
@@ -286,6 +291,11 @@ def read_state(path: Path) -> dict[str, Any]:
     if not isinstance(saved, dict) or saved.get("schema") != SCHEMA:
         found = saved.get("schema") if isinstance(saved, dict) else None
         raise CheckpointError(f"{STATE_FILE} has schema {found}, this version reads {SCHEMA}")
+    wrong = [
+        name for name, kind in _STATE_FIELDS.items() if not isinstance(saved.get(name), kind) or isinstance(saved[name], bool)
+    ]
+    if wrong or not all(isinstance(size, int) for size in saved["files"].values()):
+        raise CheckpointError(f"{STATE_FILE} is malformed: {', '.join(wrong) or 'files'} is missing or of a wrong type")
     return saved
 
 
