@@ -767,9 +767,9 @@ program = '''
 import os
 for attack in (lambda: open(FILE).read(), lambda: os.kill(PID, 9), lambda: os.listdir(DIRECTORY)):
     try:
-        os.write(1, f"REACHED {attack()}\\n".encode())
+        print("REACHED", attack(), flush=True)
     except OSError as error:
-        os.write(1, f"denied {error}\\n".encode())
+        print("denied", error, flush=True)
 '''
 interpreters.run_string(inner, f"FILE, PID, DIRECTORY = {FILE!r}, {CANARY_PID}, {DIRECTORY!r}" + program)
 """
