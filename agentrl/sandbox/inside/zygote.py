@@ -198,8 +198,8 @@ class Zygote:
                 # Pages of its tmpfs are charged to it too.
                 memory_bytes = request["memory_bytes"] + request["tmpfs_bytes"]
                 name = f"run-{self._own_pid}-{request['id']}"
+                request["cgroup"] = name  # first: one that is half made is removed below
                 cgroup.create(self._config["cgroup"], name, memory_bytes=memory_bytes, processes=request["processes"])
-                request["cgroup"] = name
             pid = self._fork(request, fds)
         except OSError as error:
             if request["cgroup"]:
