@@ -74,7 +74,7 @@ async def bench_tier(tier: TierChoice, preload: Sequence[str], runs: int, at_onc
     async with pool.running():
         for program, code in PROGRAMS.items():
 
-            async def once(slot: int, code: str = code) -> None:
+            async def once(slot: int, code: str = code, program: str = program) -> None:
                 outcome = await pool.run(Job(code=code, limits=LIMITS), slot)
                 if outcome.code != 0:
                     raise SandboxError(f"{program} failed on {tier}: {outcome.stderr[-500:]}")

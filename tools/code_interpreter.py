@@ -356,8 +356,8 @@ class CodeInterpreter(Tool):
                 status, retry_after = response.status, response.headers.get("Retry-After", "")
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise _Retryable(f"{type(error).__name__}: {error}", ran=True) from error
-        if status == 410:
-            raise _SessionGone(_session_end(raw))
+        if status in (404, 410) and (ended := _session_end(raw)):
+            raise _SessionGone(ended)
         if status == 429 or status >= 500:
             raise _Retryable(f"HTTP {status}: {_text(raw)}", float(retry_after) if retry_after.isdecimal() else 0.0)
         if status != 200:
@@ -366,9 +366,9 @@ class CodeInterpreter(Tool):
             answer = orjson.loads(raw)
         except orjson.JSONDecodeError as error:
             raise SandboxError(f"{self._url} answered something that is not JSON; is it a sandbox? {_text(raw)}") from error
-        if not isinstance(answer, dict) or "status" not in answer:
+        if not isinstance(answer, dict) or not answer.keys() & {"status", "session_id"}:
             raise SandboxError(f"{self._url} answered without a status; is it a sandbox? {_text(raw)}")
-        if answer["status"] == "SandboxError":
+        if answer.get("status") == "SandboxError":
             raise _Retryable(f"SandboxError: {answer.get('message') or 'no message'}")
         return answer
 
@@ -400,10 +400,11 @@ class CodeInterpreter(Tool):
 
 
 def _session_end(raw: bytes) -> str:
+    """Why the service ended the session; empty when the answer is not about a session."""
     try:
         return str(orjson.loads(raw)["reason"])
     except (orjson.JSONDecodeError, KeyError, TypeError):
-        return "lost"
+        return ""
 
 
 def _text(raw: bytes) -> str:

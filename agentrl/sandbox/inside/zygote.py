@@ -132,7 +132,8 @@ class Zygote:
             )
         else:
             self._ruleset = landlock.create_ruleset(jail.readable_paths(), jail.DEVICES)
-        missing = [name for name in self._config["preload"] if not _preload(name)]
+        # Behind a launcher nothing would be warm: each run is a new interpreter.
+        missing = [name for name in self._config["preload"] if not self._launcher and not _preload(name)]
         gc.collect()
         gc.freeze()
         own = _look_at("self", self._page)
@@ -197,8 +198,8 @@ class Zygote:
                 # Pages of its tmpfs are charged to it too.
                 memory_bytes = request["memory_bytes"] + request["tmpfs_bytes"]
                 name = f"run-{self._own_pid}-{request['id']}"
+                request["cgroup"] = name  # first: one that is half made is removed below
                 cgroup.create(self._config["cgroup"], name, memory_bytes=memory_bytes, processes=request["processes"])
-                request["cgroup"] = name
             pid = self._fork(request, fds)
         except OSError as error:
             if request["cgroup"]:
@@ -297,9 +298,11 @@ class Zygote:
             return
         watched = [run for run in self._runs.values() if now - run.started >= WATCHDOG_INTERVAL_S]
         if watched:
+            # Time on the processor: on a busy machine the clock would count the wait for it too.
+            before = time.process_time()
             self._look_at_processes(watched)
+            self._look_cost_s = time.process_time() - before
             self._looked_at = time.monotonic()
-            self._look_cost_s = self._looked_at - now
 
     def _look_at_processes(self, watched: list[_Run]) -> None:
         """Kill what uses too much over all its processes together; rlimits bound only each alone."""

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentrl.sandbox.job import MIB, Job, Limits, Outcome, Reason, check_path
+from agentrl.sandbox.languages import installed
 from agentrl.sandbox.wire import BadRequest, RunCodeRequest, to_program, to_response
 
 
@@ -61,7 +62,7 @@ def test_an_accepted_path_is_relative_and_never_climbs(path: str) -> None:
     assert check_path(accepted) == accepted
 
 
-@pytest.mark.parametrize("language", ["cpp", "nodejs", "pytest", ""])
+@pytest.mark.parametrize("language", ["verilog", "cobol", "pytest", ""])
 def test_other_languages_are_refused_by_name_of_what_there_is(language: str) -> None:
     with pytest.raises(BadRequest, match="supported: python, bash"):
         job(language=language)
@@ -100,7 +101,30 @@ def test_the_golden_response_keeps_its_keys() -> None:
 
 
 def test_a_job_is_packed_as_header_code_and_files() -> None:
-    packed = Job(code="é", files={"a": b"12", "b": b"3"}, limits=Limits(wall_s=1, memory_bytes=1)).encode()
+    packed = Job(
+        code="é", files={"a": b"12", "b": b"3"}, executables=frozenset("b"), limits=Limits(wall_s=1, memory_bytes=1)
+    ).encode()
     size = int.from_bytes(packed[:4], "little")
-    assert json.loads(packed[4 : 4 + size]) == {"code_size": 2, "files": [["a", 2], ["b", 1]]}
+    assert json.loads(packed[4 : 4 + size]) == {"code_size": 2, "files": [["a", 2, False], ["b", 1, True]]}
     assert packed[4 + size :] == "é".encode() + b"123"
+
+
+def test_a_language_that_is_known_but_not_installed_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agentrl.sandbox.languages.installed", lambda: {"python": None})
+    with pytest.raises(BadRequest, match="'go' needs go, which is not installed here; supported: python"):
+        job(language="go")
+
+
+@pytest.mark.skipif("cpp" not in installed(), reason="g++ is not installed")
+def test_a_compiled_program_runs_its_artifact_beside_its_input_files() -> None:
+    files: dict[str, str | None] = {"in": "eA=="}
+    request = RunCodeRequest(
+        code="int main() {}", language="c++", files=files, fetch_files=["out"], run_timeout=2, compile_timeout=60
+    )
+    program = to_program(request, memory_limit_mb=128)
+    assert program.compile is not None
+    assert (program.compile.fetch, program.compile.limits.wall_s, program.compile.source_name) == (["main.bin"], 30, "main.cpp")
+    built = program.built(b"ELF")
+    assert built.files == {"in": b"x", "main.bin": b"ELF"}
+    assert (built.executables, built.code, built.command) == (frozenset(["main.bin"]), "", ("./main.bin",))
+    assert (built.fetch, built.limits.wall_s) == (["out"], 2)
