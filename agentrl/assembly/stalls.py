@@ -5,6 +5,8 @@ follows the data path from effect to cause: learn waits for groups because serve
 The doctor prints the result; the watchdogs of run, serve and learn print the same line by themselves.
 """
 
+import contextlib
+import json
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -21,7 +23,7 @@ from agentrl.errors import AgentRLError
 from agentrl.stream.connection import check_server, connect, redact_url
 from agentrl.stream.keys import Keys
 from agentrl.stream.server import EmbeddedServer
-from agentrl.telemetry.run_dir import RunDir, is_alive, read_jsonl
+from agentrl.telemetry.run_dir import RunDir, is_alive
 
 Level = Literal["ok", "warn", "fail"]
 State = Literal["finished", "stopped", "starting", "moves", "stalled"]
@@ -33,6 +35,7 @@ START_LIMIT_S = 120.0
 RESTART_LIMIT_S = 30.0
 """How long a dead process may be missing while the supervisor lives."""
 PING_TIMEOUT_S = 2.0
+EVENTS_READ_BYTES = 1 << 20
 HEALTHY_ENGINE = ("ready", "updating", "draining")
 
 
@@ -130,7 +133,7 @@ def take_snapshot(run: RunDir, *, config: Config | None = None) -> Snapshot:
     now = time.time()
     serve, learn = run.read_status("serve"), run.read_status("learn")
     last_run_event, complete, missing = "", False, dict[str, float]()
-    for event in read_jsonl(run.events):
+    for event in _latest_events(run):
         name = str(event.get("event"))
         if name in ("run_started", "run_ended", "run_failed"):
             last_run_event = name
@@ -154,6 +157,20 @@ def take_snapshot(run: RunDir, *, config: Config | None = None) -> Snapshot:
         missing_s=missing,
         queue_bytes=config.queue.max_bytes,
     )
+
+
+def _latest_events(run: RunDir) -> Iterator[dict[str, Any]]:
+    """The end of events.jsonl: what is asked for is there, and watchdogs read it again and again."""
+    try:
+        with run.events.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - EVENTS_READ_BYTES))
+            lines = file.read().splitlines()[1 if size > EVENTS_READ_BYTES else 0 :]
+    except FileNotFoundError:
+        return
+    for line in lines:
+        with contextlib.suppress(ValueError):  # a line that a killed process left unfinished
+            yield json.loads(line)
 
 
 def _view(entry: Mapping[str, Any], now: float) -> ProcessView:
