@@ -92,6 +92,8 @@ class ServeConfig(Section):
     """KV-cache blocks (of 16 tokens) of an embedded engine."""
     engine_threads: PositiveInt = 1
     """OpenMP threads per engine process. Two on shared cores are slower than one."""
+    engine_auth: bool = False
+    """Ask a bearer key, made up for the run, of embedded engines too. They bind to loopback only."""
     agent: str = "tool_agent"
     """Agent loop for rows that name none: ``tool_agent`` or ``single_turn``."""
     parser: str = "hermes"

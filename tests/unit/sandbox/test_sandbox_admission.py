@@ -84,11 +84,10 @@ async def test_clients_take_turns_however_many_requests_one_sends() -> None:
             served.append(client)
             await asyncio.sleep(0)
 
-    async with asyncio.TaskGroup() as group:
-        async with admission.permit("first"):
-            for client in [*"aaaaaa", "b", "c", "b"]:
-                group.create_task(one(client))
-            await asyncio.sleep(0)
+    async with asyncio.TaskGroup() as group, admission.permit("first"):
+        for client in [*"aaaaaa", "b", "c", "b"]:
+            group.create_task(one(client))
+        await asyncio.sleep(0)
     assert "".join(served) == "abcabaaaa"
 
 
@@ -104,12 +103,11 @@ async def test_in_a_full_queue_the_greediest_client_gives_way() -> None:
         except QueueFull:
             outcomes[name] = "refused"
 
-    async with asyncio.TaskGroup() as group:
-        async with admission.permit("other"):
-            for name, client in (("a1", "a"), ("a2", "a"), ("a3", "a"), ("b1", "b"), ("a4", "a")):
-                group.create_task(one(name, client))
-                await asyncio.sleep(0)
-            assert admission.waiting == 3
+    async with asyncio.TaskGroup() as group, admission.permit("other"):
+        for name, client in (("a1", "a"), ("a2", "a"), ("a3", "a"), ("b1", "b"), ("a4", "a")):
+            group.create_task(one(name, client))
+            await asyncio.sleep(0)
+        assert admission.waiting == 3
     assert outcomes == {"a1": "ran", "a2": "ran", "a3": "refused", "b1": "ran", "a4": "refused"}
     assert (admission.running, admission.waiting) == (0, 0)
 
