@@ -43,7 +43,7 @@ test-sglang: $(STAMP) $(SGLANG_VENV)/.installed  ## Contract suite and a trainin
 	OMP_NUM_THREADS=1 AGENTRL_SGLANG_VENV=$(abspath $(SGLANG_VENV)) $(BIN)/python -m pytest tests/contract tests/integration/test_sglang_training.py
 
 chaos: $(STAMP)  ## Kill processes at random and audit what is left
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m chaos
+	OMP_NUM_THREADS=1 AGENTRL_CHAOS_KILLS=$${AGENTRL_CHAOS_KILLS:-100} $(BIN)/python -m pytest -m chaos
 
 bench: $(STAMP)  ## Measure; results go to the terminal
 	@for script in bench/*.py; do echo "== $$script"; OMP_NUM_THREADS=1 $(BIN)/python $$script || exit 1; done

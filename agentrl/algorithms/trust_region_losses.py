@@ -222,15 +222,29 @@ def dro(terms: PolicyTerms, *, dro_beta: float) -> tuple[Tensor, Metrics]:
 
 
 def reinforce(
-    terms: PolicyTerms, *, is_level: Literal["token", "sequence"] | None = None, is_threshold: Bounds = 2.0
+    terms: PolicyTerms,
+    *,
+    is_level: Literal["token", "sequence"] | None = None,
+    is_threshold: Bounds = 2.0,
+    is_batch_mean: float | None = None,
 ) -> tuple[Tensor, Metrics]:
     """REINFORCE, corrected for the sampler: -sg(w) * advantage * log_prob with w from current / ``old_log_probs``, which here are
     the rollout's ("bypass": two policies, no clipping). ``is_level`` None: no weight besides ``rollout_is_weights``.
+
+    ``is_batch_mean`` normalises: the weights are divided by it. It is the step's, measured once before its first update
+    (``correction.mean_weight``), so that the loss does not depend on the cut into micro-batches.
     """
     per_token = -terms.advantages * terms.log_probs
     metrics = {"ppo_kl": terms.ppo_kl()}
     if is_level is not None:
-        weights = is_weights(terms.log_ratio, terms.mask, level=is_level, threshold=is_threshold, batch_normalize=False)
+        weights = is_weights(
+            terms.log_ratio,
+            terms.mask,
+            level=is_level,
+            threshold=is_threshold,
+            batch_normalize=is_batch_mean is not None,
+            batch_mean=is_batch_mean,
+        )
         per_token = per_token * weights
         metrics["is_weight_mean"] = terms.reduce.metric(weights, terms.mask)
     return terms.loss(per_token), metrics

@@ -2,20 +2,24 @@
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import redis
 import yaml
 
-from agentrl.assembly.parts import start_stream_server, stream_url
+from agentrl.assembly.parts import stream_url
 from agentrl.config import Config, parse_config
 from agentrl.errors import ConfigError, DataError
 from agentrl.stream.connection import connect
+from agentrl.stream.dead_letters import original_id
 from agentrl.stream.keys import Keys
-from agentrl.stream.ledger import Ledger, read_ledger
+from agentrl.stream.ledger import Books, Ledger, read_books, read_ledger
+from agentrl.stream.server import EmbeddedServer
 from agentrl.telemetry.run_dir import RunDir, read_jsonl
 from agentrl.telemetry.trajectory_log import from_record, read_records
 from agentrl.types import Trajectory, content_digest
@@ -79,34 +83,50 @@ def audit_run(root: Path) -> AuditReport:
     """
     run = RunDir.open(root)
     config = _config_of(run)
-    checkpoint = newest_checkpoint(run)
-    trained = list(_trained(checkpoint))
-    decided = {str(e["id"]): str(e["outcome"]) for e in read_jsonl(checkpoint / "ledger.jsonl")}
+    newest_checkpoint(run)  # says so before the stream is asked when there is nothing to audit
+    # In this order, so that a run may go on meanwhile: what is acknowledged now is in any later checkpoint, and what that one
+    # contains was sampled, and logged, before.
+    with stream_of(root) as (client, keys):
+        books = read_books(client, keys)
+    trained, decided, step = _read_checkpoint(run)
     sampled = _sampled_by_id(run)
     checks = [
         _once_each(trained),
         _as_sampled(trained, sampled),
         _well_formed(sampled),
         _fresh_enough(trained, sampled, config),
-        *_acknowledged(run, config, trained, decided),
+        *_acknowledged(books, config, trained, decided),
     ]
-    step = int(json.loads((checkpoint / "state.json").read_text())["policy_version"])
     return AuditReport(run=str(root), step=step, trained=len(trained), checks=checks)
 
 
 def ledger_of(root: Path) -> Ledger:
     """The stream's book of the run; its own server is started for the look when it is not up."""
+    with stream_of(root) as (client, keys):
+        return read_ledger(client, keys)
+
+
+@contextmanager
+def stream_of(root: Path) -> Generator[tuple[redis.Redis, Keys]]:
+    """A client of the run's stream; the run's own server is started for the block when it is not up.
+
+    Raises:
+        ConfigError: it is no run directory.
+    """
     run = RunDir.open(root)
     config = _config_of(run)
-    was_up = run.url_of("redis") is not None
+    was_up = EmbeddedServer(run.redis).is_running()
     url = stream_url(config, run)
     try:
         with connect(url, role="audit") as client:
-            return read_ledger(client, Keys(config.run.name))
+            yield client, Keys(config.run.name)
     finally:
-        server = None if was_up else start_stream_server(config, run)
-        if server is not None:
-            server.stop()
+        # Others may have started to use it meanwhile: `release` stops it only when nobody is connected.
+        if (
+            not was_up
+            and not any(e["role"] in ("run", "serve", "learn") for e in run.processes())
+            and EmbeddedServer(run.redis).release()
+        ):
             run.deregister("redis")
 
 
@@ -123,6 +143,23 @@ def newest_checkpoint(run: RunDir) -> Path:
     if folder is None or not folder.is_dir():
         raise ConfigError(f"{run.checkpoints} holds no checkpoint yet; there is nothing to audit before the first one")
     return folder
+
+
+def _read_checkpoint(run: RunDir) -> tuple[list["_Trained"], dict[str, str], int]:
+    """The newest checkpoint's lineage; read again when a newer one replaced it meanwhile."""
+    for attempt in range(5):
+        checkpoint = newest_checkpoint(run)
+        try:
+            trained = list(_trained(checkpoint))
+            decided = {str(e["id"]): str(e["outcome"]) for e in read_jsonl(checkpoint / "ledger.jsonl")}
+            step = int(json.loads((checkpoint / "state.json").read_text())["policy_version"])
+        except FileNotFoundError:
+            if attempt == 4:
+                raise
+            continue
+        if checkpoint.is_dir():
+            return trained, decided, step
+    raise DataError(f"{run.checkpoints}: checkpoints are replaced faster than they can be read. Audit when the run pauses")
 
 
 def _config_of(run: RunDir) -> Config:
@@ -163,7 +200,7 @@ def _once_each(trained: Iterable[_Trained]) -> Check:
 def _as_sampled(trained: Iterable[_Trained], sampled: Mapping[str, list[Trajectory]]) -> Check:
     check = Check("trained ids, mask, logprobs and versions equal the sampled ones (I1)")
     for entry in trained:
-        candidates = sampled.get(entry.id, [])
+        candidates = sampled.get(original_id(entry.id), [])
         check.expect(bool(candidates), f"{entry.id} was trained at step {entry.step} but is not in trajectories/")
         if candidates:
             same = any(content_digest(t) == entry.digest for t in candidates)
@@ -199,7 +236,7 @@ def _fresh_enough(trained: Iterable[_Trained], sampled: Mapping[str, list[Trajec
     if config.learn.on_stale != "drop":
         return check
     for entry in trained:
-        for t in sampled.get(entry.id, []):
+        for t in sampled.get(original_id(entry.id), []):
             if content_digest(t) == entry.digest:
                 staleness = abs(entry.step - 1 - t.min_version)
                 check.expect(
@@ -210,20 +247,31 @@ def _fresh_enough(trained: Iterable[_Trained], sampled: Mapping[str, list[Trajec
     return check
 
 
-def _acknowledged(run: RunDir, config: Config, trained: list[_Trained], decided: Mapping[str, str]) -> list[Check]:
-    """The stream's counts must be those of the surviving checkpoint."""
-    book = ledger_of(run.root)
+def _acknowledged(books: Books, config: Config, trained: list[_Trained], decided: Mapping[str, str]) -> list[Check]:
+    """What left the stream is in the checkpoint, and what is in neither was never put."""
+    book, on_stream = books.ledger, set(books.on_stream)
     closes = Check("the ledger's sums close (I7)")
     closes.expect(book.closes, f"submitted {book.submitted} differs from the sum of the outcomes: {book.to_json()}")
+    once = Check("each entry once on the stream (I3)")
+    for name, count in Counter(books.on_stream).items():
+        once.expect(count == 1, f"{name} is on the stream {count} times")
+    if config.queue.ack_at != "checkpoint":
+        return [closes, once]
     acked = Check("acknowledged outcomes equal the checkpoint's (I3)")
-    if config.queue.ack_at == "checkpoint":
+    lineage = {entry.id: "trained" for entry in trained}
+    lineage |= {name: outcome for name, outcome in decided.items() if outcome in ("filtered", "stale")}
+    left = Counter(outcome for name, outcome in lineage.items() if name in books.known and name not in on_stream)
+    for outcome in ("trained", "filtered", "stale"):
+        seen = int(getattr(book, outcome))
         acked.expect(
-            book.trained == len(trained), f"the stream acknowledged {book.trained} trained, the checkpoint holds {len(trained)}"
+            seen == left[outcome],
+            f"the stream acknowledged {seen} {outcome}; of the checkpoint's, {left[outcome]} were put and have left it",
         )
-        counts = Counter(outcome.partition(":")[0] for outcome in decided.values())
-        for outcome in ("filtered", "stale"):
-            seen = int(getattr(book, outcome))
-            acked.expect(
-                seen == counts[outcome], f"the stream acknowledged {seen} {outcome}, the checkpoint holds {counts[outcome]}"
-            )
-    return [closes, acked]
+    lost = Check("every trajectory put is decided in the checkpoint or still on the stream (I3)")
+    put = {name for name in books.known if not name.endswith("/close")}
+    gone = sorted(put - on_stream - set(decided) - set(lineage))
+    explained = book.superseded + book.failed.get("dead_letter", 0)
+    lost.checked = len(put)
+    if len(gone) > explained:
+        lost.breaches = [f"{name} was put, and is neither decided nor on the stream" for name in gone]
+    return [closes, once, acked, lost]

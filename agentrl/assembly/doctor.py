@@ -6,46 +6,15 @@ import os
 import shutil
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
 
+from agentrl.assembly.stalls import Finding, Level, diagnose, take_snapshot
 from agentrl.config import Config
 from agentrl.errors import AgentRLError
 from agentrl.telemetry.run_dir import RunDir
 
-Level = Literal["ok", "warn", "fail"]
-
-STALE_STATUS_S = 15.0
-"""A status older than this means that its process no longer reports."""
-LONG_WAIT_S = 60.0
 MIN_FREE_GIB = 5.0
-ADVICE = {
-    "weights": "serve waits for learn to announce a policy, or for an engine to load it: is `learn` running? see logs/engine-*.log",
-    "server": "no engine can take a request: see logs/engine-*.log",
-    "stream": "the stream is full and learn does not acknowledge: is `learn` running? it acknowledges at checkpoints (learn.save_every)",
-    "capacity": "generation is ahead of training by the allowed staleness: the learner is the bottleneck (this is healthy)",
-    "trainer": "generation is ahead of training by the allowed staleness: the learner is the bottleneck (this is healthy)",
-    "group": "learn waits for complete groups: generation is the bottleneck, or `serve` is not running",
-}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at."""
-
-    subject: str
-    level: Level
-    text: str
-    fix: str = ""
-
-    def to_json(self) -> dict[str, str]:
-        return asdict(self)
-
-    def line(self) -> str:
-        return f"{self.level:4}  {self.subject:12} {self.text}" + (f"\n{'':19}→ {self.fix}" if self.fix else "")
 
 
 def diagnose_machine(config: Config | None) -> list[Finding]:
@@ -67,43 +36,12 @@ def diagnose_machine(config: Config | None) -> list[Finding]:
 
 
 def diagnose_run(root: Path) -> list[Finding]:
-    """Who lives, who waits, for what, and since when."""
-    run = RunDir.open(root)
-    return list(_run_findings(run))
+    """The verdict on the run, then who lives, what each part waits for, and what is not as it should be.
 
-
-def _run_findings(run: RunDir) -> Iterator[Finding]:
-    alive = {e["role"]: e["pid"] for e in run.processes()}
-    yield Finding(
-        "processes", "ok" if alive else "warn", ", ".join(f"{r} {p}" for r, p in sorted(alive.items())) or "none is running"
-    )
-    for role in ("serve", "learn"):
-        status = run.read_status(role)
-        if not status:
-            yield Finding(role, "warn", "has not reported yet")
-            continue
-        age = time.time() - status["time"]
-        if role not in alive:
-            yield Finding(role, "warn", f"is not running; it last reported {age:.0f} s ago", f"agentrl {role} -c {run.config}")
-        elif age > STALE_STATUS_S:
-            yield Finding(
-                role,
-                "fail",
-                f"pid {alive[role]} has not reported for {age:.0f} s: it hangs or is stopped",
-                f"see logs/{role}.log",
-            )
-        else:
-            yield from _waits(role, status)
-
-
-def _waits(role: str, status: dict[str, Any]) -> Iterator[Finding]:
-    waits: dict[str, dict[str, float]] = status.get("waits") or {}
-    if not waits:
-        yield Finding(role, "ok", "moves")
-    for reason, wait in waits.items():
-        long = wait["oldest_s"] > LONG_WAIT_S
-        text = f"waits for {reason}: {wait['count']:.0f} waiting, the oldest for {wait['oldest_s']:.0f} s"
-        yield Finding(role, "warn" if long else "ok", text, ADVICE.get(reason.partition(":")[0], "") if long else "")
+    Raises:
+        ConfigError: it is no run directory.
+    """
+    return diagnose(take_snapshot(RunDir.open(root)))
 
 
 def _guarded(subject: str, check: Callable[[], Finding]) -> Finding:

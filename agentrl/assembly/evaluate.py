@@ -19,6 +19,7 @@ from agentrl.assembly.parts import (
     load_tokenizer,
     needs_sandbox,
     run_dir_of,
+    share_sandbox_token,
 )
 from agentrl.assembly.sandbox import sandbox_process
 from agentrl.assembly.serve import engines, rollout_function
@@ -69,6 +70,7 @@ async def _evaluate(config: Config, directory: RunDir, model_path: str, modes: S
     tasks = load_tasks(config.data.val, what="data.val")[: config.eval.n]
     tokenizer = load_tokenizer(config, model_path)
     wanted = needs_sandbox(config) and config.sandbox.url == "auto" and directory.url_of("sandbox") is None
+    share_sandbox_token(config, directory)
     async with sandbox_process(config, directory, wanted=wanted) as started:
         sandbox_url = started or (directory.url_of("sandbox") if config.sandbox.url == "auto" else config.sandbox.url)
         toolbox = build_toolbox(config, tokenizer, sandbox_url=sandbox_url)

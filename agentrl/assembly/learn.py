@@ -6,10 +6,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from types import FrameType
 
-from agentrl.algorithms.losses import policy_loss_parameters
+from agentrl.algorithms.losses import POLICY_LOSSES, policy_loss_parameters
 from agentrl.assembly.parts import (
     LEARNER_DTYPE,
     build_toolbox,
@@ -20,14 +21,24 @@ from agentrl.assembly.parts import (
     stream_url,
 )
 from agentrl.assembly.run import refuse_if_active
+from agentrl.assembly.watchdog import LearnStatus, Watchdog
 from agentrl.config import Config, dump_config
 from agentrl.errors import StalledError
 from agentrl.learner.batching import BatchBuilder
 from agentrl.learner.checkpoint import Checkpoints
 from agentrl.learner.distributed import Team, start_team, stop_team
-from agentrl.learner.learner import Learner, LossSettings
+from agentrl.learner.learner import Learner
 from agentrl.learner.loop import run_learning
+from agentrl.learner.lora import LoraSettings
 from agentrl.learner.optim import OptimizerSettings
+from agentrl.learner.settings import (
+    GROUPLESS_ADVANTAGES,
+    CriticSettings,
+    KLSettings,
+    LossSettings,
+    Overlong,
+    check_settings,
+)
 from agentrl.learner.weight_publisher import WeightPublisher
 from agentrl.process import die_with_parent
 from agentrl.stream.connection import check_server, connect
@@ -46,6 +57,7 @@ PLACEHOLDER_URL = "http://127.0.0.1:9"
 
 def main(config: Config, arguments: Sequence[str]) -> None:
     """Learn until ``learn.steps`` or SIGTERM. With ``learn.ranks`` above 1, become the parent of a torchrun."""
+    check_learning(config)
     if config.learn.ranks > 1 and "RANK" not in os.environ:
         sys.exit(_torchrun(config.learn.ranks, arguments))
     directory = run_dir_of(config).create()
@@ -73,23 +85,28 @@ def _torchrun(ranks: int, arguments: Sequence[str]) -> int:
 def _learn(config: Config, directory: RunDir) -> None:
     stop = _StopFlag()
     team = start_team()
-    try:
+    with ExitStack() as stack:
+        stack.callback(stop_team)
+        status: LearnStatus | None = None
+        if team.is_main:
+            status = stack.enter_context(LearnStatus(directory, watchdog=Watchdog(directory, config)))
         learner = build_learner(config, team=team)
-        checkpoints = Checkpoints(directory.checkpoints, keep=config.learn.keep)
+        on_stage = None if status is None else lambda _: status.does("checkpoint")
+        checkpoints = Checkpoints(directory.checkpoints, keep=config.learn.keep, on_stage=on_stage)
         publisher = WeightPublisher(directory.weights)
         batches = BatchBuilder(
             groups_per_step=config.learn.groups,
             max_staleness=config.learn.max_staleness,
             staleness_policy=config.learn.on_stale,
             zero_spread=config.learn.zero_spread,
-            min_group_size=min(2, config.serve.n),
+            min_group_size=1 if config.learn.advantage in GROUPLESS_ADVANTAGES else min(2, config.serve.n),
         )
         loop = partial(
             run_learning, batches=batches, learner=learner, checkpoints=checkpoints, publisher=publisher,
             num_steps=config.learn.steps, save_every=config.learn.save_every, ack_at=config.queue.ack_at,
-            should_stop=lambda: stop.requested, stall_timeout_s=config.learn.stall_timeout_s, resume=config.learn.resume,
+            prefetch=config.learn.prefetch, should_stop=lambda: stop.requested, stall_timeout_s=config.learn.stall_timeout_s, resume=config.learn.resume,
         )  # fmt: skip
-        if not team.is_main:
+        if status is None:
             loop(None, announce=lambda record, consumed: None)
             return
         with connect(stream_url(config, directory), role="learn") as client:
@@ -98,23 +115,33 @@ def _learn(config: Config, directory: RunDir) -> None:
             tokenizer = load_tokenizer(config)
             schemas = build_toolbox(config, tokenizer, sandbox_url=PLACEHOLDER_URL).schemas()
             check_fingerprint(client, keys, "learn", fingerprint(config, tokenizer, schemas))
-            source = _Source(TrajectoryConsumer(client, keys))
-            report = _Report(config, directory)
-            version = loop(source, announce=source.announce, on_step=report.step, on_wait=report.wait)
+            source = _Source(TrajectoryConsumer(client, keys), status)
+            report = _Report(config, directory, status)
+            version = loop(source, announce=source.announce, on_step=report.step, on_wait=source.wait)
             report.close()
             directory.event("learn_ended", version=version, complete=version >= config.learn.steps)
         if version < config.learn.steps and not stop.requested:
             raise StalledError(f"learning ended at version {version} of {config.learn.steps}")
-    finally:
-        stop_team()
+
+
+def check_learning(config: Config) -> None:
+    """Refuse unknown estimators, losses, rules and parameters, and options out of range, before anything is started.
+
+    Raises:
+        ConfigError: naming the nearest known name.
+    """
+    critic = critic_settings(config)
+    check_settings(loss_settings(config), temperature=config.serve.temperature, has_critic=critic is not None)
+    if config.learn.advantage in GROUPLESS_ADVANTAGES and config.learn.zero_spread != "keep":
+        log.warning(
+            "learn.zero_spread=%s drops groups whose rewards are all equal, from which learn.advantage=%s would learn: set it to keep",
+            config.learn.zero_spread, config.learn.advantage,
+        )  # fmt: skip
 
 
 def build_learner(config: Config, *, team: Team) -> Learner:
     """The policy with its optimizer and loss, as the config describes them."""
     learn = config.learn
-    loss_params = {**learn.loss_params}
-    if "clip_ratio_low" in policy_loss_parameters(learn.loss):
-        loss_params = {"clip_ratio_low": learn.clip[0], "clip_ratio_high": learn.clip[1], **loss_params}
     return Learner(
         config.model.path,
         team=team,
@@ -124,33 +151,86 @@ def build_learner(config: Config, *, team: Team) -> Learner:
             weight_decay=learn.weight_decay,
             schedule=learn.schedule,
             warmup_steps=learn.warmup_steps,
-            num_steps=learn.steps,
+            num_steps=learn.steps * learn.epochs * learn.minibatches,
             max_grad_norm=learn.grad_clip,
         ),
-        loss=LossSettings(
-            advantage=learn.advantage,
-            advantage_params=learn.advantage_params,
-            policy_loss=learn.loss,
-            policy_params=loss_params,
-            loss_agg_mode=learn.loss_agg,
-            old_logprobs=learn.old_logprobs,
-            is_level="token" if learn.tis_cap is not None else None,
-            is_threshold=learn.tis_cap if learn.tis_cap is not None else 2.0,
-            kl_coef=learn.kl_coef,
-            entropy_coef=learn.entropy_coef,
-            horizon=config.serve.tokens,
-        ),
+        loss=loss_settings(config),
+        critic=critic_settings(config),
+        lora=lora_settings(config),
         micro_batch_tokens=learn.micro_tokens,
         temperature=config.serve.temperature,
         dtype=LEARNER_DTYPE[config.model.dtype],
+        chunk_size=learn.logit_chunk,
+        gradient_checkpointing=learn.gradient_checkpointing,
+        offload=learn.offload,
+        grad_sync=learn.grad_sync,
     )
+
+
+def loss_settings(config: Config) -> LossSettings:
+    """What the learner minimises, as the config describes it."""
+    learn, correction = config.learn, config.learn.correction
+    loss_params = {**learn.loss_params}
+    if learn.loss in POLICY_LOSSES and "clip_ratio_low" in policy_loss_parameters(learn.loss):
+        loss_params = {"clip_ratio_low": learn.clip[0], "clip_ratio_high": learn.clip[1], **loss_params}
+    overlong = learn.overlong
+    return LossSettings(
+        advantage=learn.advantage,
+        advantage_params=learn.advantage_params,
+        policy_loss=learn.loss,
+        policy_params=loss_params,
+        loss_agg_mode=learn.loss_agg,
+        old_logprobs="recompute" if learn.off_policy_mode == "decoupled" else learn.old_logprobs,
+        is_level="token" if learn.tis_cap is not None else correction.weights,
+        is_threshold=learn.tis_cap if learn.tis_cap is not None else correction.threshold,
+        is_batch_normalize=correction.batch_normalize,
+        rejection_rules=correction.reject,
+        rejection_thresholds=correction.reject_threshold,
+        kl=KLSettings(
+            coef=learn.kl_coef,
+            place=learn.kl.place,
+            estimator=learn.kl.estimator,
+            controller=learn.kl.controller,
+            target=learn.kl.target,
+            horizon=learn.kl.horizon,
+        ),
+        entropy_coef=learn.entropy_coef,
+        use_turn_rewards=learn.turn_rewards,
+        overlong=None
+        if overlong is None
+        else Overlong(max_length=overlong.max_length or config.serve.tokens, buffer=overlong.buffer, penalty=overlong.penalty),
+        horizon=config.serve.tokens,
+        num_epochs=learn.epochs,
+        num_minibatches=learn.minibatches,
+    )
+
+
+def critic_settings(config: Config) -> CriticSettings | None:
+    """The value model, where the config has one."""
+    critic, learn = config.learn.critic, config.learn
+    if critic is None:
+        return None
+    optimizer = OptimizerSettings(
+        lr=critic.lr,
+        betas=(learn.betas[0], learn.betas[1]),
+        weight_decay=critic.weight_decay,
+        warmup_steps=critic.lr_warmup_steps,
+        max_grad_norm=critic.grad_clip,
+    )
+    return CriticSettings(optimizer=optimizer, path=critic.path, warmup_steps=critic.warmup_steps, cliprange_value=critic.clip)
+
+
+def lora_settings(config: Config) -> LoraSettings | None:
+    """The adapters, where the config has them."""
+    lora = config.learn.lora
+    return None if lora is None else LoraSettings(rank=lora.rank, alpha=lora.alpha, targets=tuple(lora.targets))
 
 
 class _Source:
     """The stream as the loop sees it. Admission counts groups since the stream began, the loop since its lineage did."""
 
-    def __init__(self, consumer: TrajectoryConsumer) -> None:
-        self._consumer = consumer
+    def __init__(self, consumer: TrajectoryConsumer, status: LearnStatus) -> None:
+        self._consumer, self._status = consumer, status
         self._other_lineages: int | None = None
 
     def acquire(self) -> int:
@@ -158,17 +238,29 @@ class _Source:
         return self._consumer.acquire()
 
     def next_group(self, timeout_s: float) -> TrajectoryGroup | None:
-        return self._consumer.next_group(timeout_s)
+        group = self._consumer.next_group(timeout_s)
+        if group is not None:
+            self._status.moved()
+        return group
+
+    def wait(self, reason: str, seconds: float) -> None:
+        """What the loop waits for; while the server is away that is the stream, whatever the loop thinks."""
+        outage_s = self._consumer.outage_s
+        self._status.waits("stream" if outage_s else reason, outage_s or seconds)
 
     def commit(self, groups: Sequence[TrajectoryGroup], outcomes: Mapping[str, str]) -> None:
         wanted = {i for group in groups for i in (*group.close.members, *group.close.failed)}
         self._consumer.commit([group.close.id for group in groups], outcomes={i: o for i, o in outcomes.items() if i in wanted})
+
+    def blame(self, ids: Sequence[str]) -> None:
+        self._consumer.blame(ids)
 
     def report_progress(self, consumed_groups: int) -> None:
         self._consumer.report_progress(self._since_the_stream_began(consumed_groups))
 
     def announce(self, record: PolicyRecord, consumed_groups: int) -> None:
         self._consumer.publish_policy(record, consumed_groups=self._since_the_stream_began(consumed_groups))
+        self._status.moved(version=record.version, doing="checkpoint or next batch")
 
     def _since_the_stream_began(self, consumed_groups: int) -> int:
         """Groups that left the stream but are not in this lineage (after a resume from an older checkpoint, or none) count too."""
@@ -178,34 +270,26 @@ class _Source:
 
 
 class _Report:
-    """Metrics of each step, and what learn waits for, into the run directory."""
+    """Metrics of each step into the run directory and the trackers."""
 
-    def __init__(self, config: Config, directory: RunDir) -> None:
-        self._config, self._directory = config, directory
+    def __init__(self, config: Config, directory: RunDir, status: LearnStatus) -> None:
+        self._config, self._directory, self._learn_status = config, directory, status
         self._trackers: list[Tracker] | None = None
-        self._version = 0
 
     def step(self, metrics: Mapping[str, float]) -> None:
-        self._version = int(metrics["policy_version"])
+        version = int(metrics["policy_version"])
         if self._trackers is None:
             self._trackers = open_trackers(
                 self._config.log.trackers, self._directory, run_name=self._config.run.name,
-                config=self._config.model_dump(mode="json", exclude={"queue"}), resumed_at=self._version - 1,
+                config=self._config.model_dump(mode="json", exclude={"queue"}), resumed_at=version - 1,
             )  # fmt: skip
         for tracker in self._trackers:
             tracker.record(metrics)
-        self._status({})
-
-    def wait(self, reason: str, seconds: float) -> None:
-        self._status({reason: {"count": 1, "oldest_s": round(seconds, 1)}})
+        self._learn_status.moved(version=version, doing="checkpoint or next batch")
 
     def close(self) -> None:
         for tracker in self._trackers or []:
             tracker.close()
-
-    def _status(self, waits: Mapping[str, Mapping[str, float]]) -> None:
-        status = {"policy_version": self._version, "wait": next(iter(waits), ""), "waits": waits}
-        self._directory.write_status("learn", status)
 
 
 class _StopFlag:

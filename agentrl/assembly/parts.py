@@ -1,8 +1,10 @@
 """Config in, parts out: what ``serve``, ``learn`` and ``eval`` build in common."""
 
+import contextlib
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +26,8 @@ from agentrl.types import Task
 REDIS_URL_VARIABLE = "AGENTRL_REDIS_URL"
 SUPERVISED_VARIABLE = "AGENTRL_SUPERVISED"
 """Set for the children of ``agentrl run``, which itself starts and ends the stream's server and the sandbox."""
+SANDBOX_TOKEN_VARIABLE = "AGENTRL_SANDBOX_TOKEN"
+"""Bearer token of the run's own sandbox; made up when it is not set."""
 CODE_TOOL = "tools.code_interpreter"
 LEARNER_DTYPE: dict[str, Literal["fp32", "bf16"]] = {"float32": "fp32", "bfloat16": "bf16"}
 """``model.dtype`` as the learner names it."""
@@ -59,6 +63,24 @@ def release_stream_server(config: Config, directory: RunDir) -> None:
         return
     if EmbeddedServer(directory.redis).release():
         directory.deregister("redis")
+
+
+def share_sandbox_token(config: Config, directory: RunDir) -> None:
+    """Put the token of the run's own sandbox into this process's environment, and so into its children's."""
+    if config.sandbox.url == "auto" and not os.environ.get(SANDBOX_TOKEN_VARIABLE):
+        os.environ[SANDBOX_TOKEN_VARIABLE] = run_secret(directory, "sandbox_token")
+
+
+def run_secret(directory: RunDir, name: str) -> str:
+    """A random bearer token of this run, in a file that only this user can read: a restarted or later process finds the same."""
+    path = directory.root / f".{name}"
+    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(secrets.token_urlsafe(32))
+    with contextlib.suppress(FileExistsError):  # the first process decides
+        os.link(fresh, path)
+    fresh.unlink()
+    return path.read_text()
 
 
 def load_tasks(path: str, *, what: str) -> list[Task]:
@@ -134,10 +156,11 @@ def build_toolbox(config: Config, tokenizer: Any, *, sandbox_url: str | None) ->
     """The run's tools; a code tool without an address gets the run's sandbox."""
     overrides: dict[str, Mapping[str, Any]] = {}
     if sandbox_url:
+        access = {"url": sandbox_url}
+        if token := os.environ.get(SANDBOX_TOKEN_VARIABLE):
+            access["token"] = token
         overrides = {
-            str(e.get("class_name") or e.get("use")): {"url": sandbox_url}
-            for e in tool_entries(config)
-            if _is_code_tool(e) and not _own_url(e)
+            str(e.get("class_name") or e.get("use")): access for e in tool_entries(config) if _is_code_tool(e) and not _own_url(e)
         }
     spec: Path | Sequence[Mapping[str, Any]]
     spec = tool_file(config.tools) if isinstance(config.tools, str) else (config.tools or [])

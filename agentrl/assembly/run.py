@@ -5,31 +5,42 @@ checkpoint and the stream. The first Ctrl-C (or SIGTERM) drains: serve finishes 
 acknowledges. The second ends everything at once.
 """
 
+import contextlib
 import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from agentrl.assembly.parts import SUPERVISED_VARIABLE, needs_sandbox, run_dir_of, start_stream_server
+from agentrl.assembly.parts import (
+    SUPERVISED_VARIABLE,
+    needs_sandbox,
+    run_dir_of,
+    share_sandbox_token,
+    start_stream_server,
+)
 from agentrl.assembly.sandbox import sandbox_arguments
+from agentrl.assembly.watchdog import Watchdog
 from agentrl.config import Config, dump_config
 from agentrl.errors import AgentRLError, ConfigError
 from agentrl.process import die_with_parent, free_port
+from agentrl.stream.server import EmbeddedServer
 from agentrl.telemetry.run_dir import RunDir
 
 log = logging.getLogger(__name__)
 
 EXIT_CONFIG = 2
 """Exit code of a configuration error: starting again cannot help."""
-MAX_RESTARTS = 20
-"""Restarts of one child within ``RESTART_WINDOW_S`` before the run gives up."""
 RESTART_WINDOW_S = 600.0
+"""Window in which ``run.max_restarts`` are allowed."""
+STREAM_CHECK_S = 1.0
+"""How often the embedded stream server is looked at."""
 DRAIN_LIMIT_S = 120.0
 """How long a child may take to drain before it is killed."""
 
@@ -106,18 +117,29 @@ def run(config: Config, arguments: Sequence[str], *, tick: Callable[[RunDir], No
     directory.event("run_started", arguments=list(arguments))
     server = start_stream_server(config, directory)
     stop = _StopOnSignal()
+    share_sandbox_token(config, directory)
     children = [_child(directory, config, role, arguments) for role in _roles(config)]
+    guard = _StreamGuard(config, directory, server)
+    watchdog = Watchdog(directory, config, on_stall=lambda verdict: directory.event("stalled", **asdict(verdict)))
+    ended = threading.Event()
+    watcher = threading.Thread(target=watchdog.watch, args=(ended,), name="watchdog", daemon=True)
     try:
         with stop:
             for child in children:
                 child.start()
-            _supervise(children, directory, stop, tick)
+            watcher.start()
+            _supervise(children, directory, stop, guard, tick, max_restarts=config.run.max_restarts)
+    except AgentRLError as error:
+        directory.event("run_failed", error=str(error))
+        raise
     finally:
-        _shut_down(children, directory, stop)
+        ended.set()
+        _shut_down(children, directory, stop, guard)
         if server is not None:
             server.stop()
             directory.deregister("redis")
-        directory.event("run_ended")
+        if sys.exc_info()[0] is None:
+            directory.event("run_ended")
         directory.deregister("run")
     return directory
 
@@ -153,10 +175,17 @@ def _child(directory: RunDir, config: Config, role: str, arguments: Sequence[str
 
 
 def _supervise(
-    children: Sequence[Child], directory: RunDir, stop: "_StopOnSignal", tick: Callable[[RunDir], None] | None
+    children: Sequence[Child],
+    directory: RunDir,
+    stop: "_StopOnSignal",
+    guard: "_StreamGuard",
+    tick: Callable[[RunDir], None] | None,
+    *,
+    max_restarts: int,
 ) -> None:
     """Watch until the learner exits cleanly, a signal comes, or a child cannot be kept alive."""
     while not stop.requested:
+        guard.look()
         for child in children:
             code = child.poll()
             if code is None:
@@ -164,16 +193,16 @@ def _supervise(
             directory.deregister(child.role)
             if code == 0 and child.role == "learn":
                 return
-            _restart(child, code, directory)
+            _restart(child, code, directory, max_restarts=max_restarts)
         if tick is not None:
             tick(directory)
         time.sleep(0.2)
 
 
-def _restart(child: Child, code: int, directory: RunDir) -> None:
+def _restart(child: Child, code: int, directory: RunDir, *, max_restarts: int) -> None:
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     directory.event("child_exited", role=child.role, code=code)
-    if code == EXIT_CONFIG or child.restarts_in_window() >= MAX_RESTARTS or _dies_young(child, code):
+    if code == EXIT_CONFIG or child.restarts_in_window() >= max_restarts or _dies_young(child, code):
         raise RunFailed(
             f"{child.role} ended with {how} and starting it again would not help "
             f"({child.restarts_in_window()} restarts so far). The end of {child.log_path}:\n{child.log_tail()}"
@@ -188,13 +217,45 @@ def _dies_young(child: Child, code: int) -> bool:
     return code > 0 and sum(1 for t in child.starts if time.monotonic() - t < 60.0) >= 3
 
 
-def _shut_down(children: Sequence[Child], directory: RunDir, stop: "_StopOnSignal") -> None:
+class _StreamGuard:
+    """Starts the embedded server again when it died: on the same url and append-only file, so that clients reconnect."""
+
+    def __init__(self, config: Config, directory: RunDir, server: EmbeddedServer | None) -> None:
+        self._directory, self._server = directory, server
+        self._max_restarts = config.run.max_restarts
+        self._restarts: list[float] = []
+        self._next_look = 0.0
+
+    def look(self) -> None:
+        """Raises `RunFailed` when it does not stay up."""
+        now = time.monotonic()
+        if self._server is None or now < self._next_look:
+            return
+        self._next_look = now + STREAM_CHECK_S
+        if self._server.is_running():
+            return
+        self._restarts = [t for t in self._restarts if now - t < RESTART_WINDOW_S]
+        if len(self._restarts) >= self._max_restarts:
+            raise RunFailed(
+                f"the stream's server died {len(self._restarts)} times within {RESTART_WINDOW_S:g} s. See {self._directory.redis}/server.log"
+            )
+        self._restarts.append(now)
+        self._directory.event("child_exited", role="redis", code=None)
+        url = self._server.ensure()
+        self._directory.register("redis", pid=self._server.pid, url=url)
+        self._directory.event("child_restarted", role="redis", after="its death")
+        log.warning("stream_server_restarted pid=%s restarts=%d", self._server.pid, len(self._restarts))
+
+
+def _shut_down(children: Sequence[Child], directory: RunDir, stop: "_StopOnSignal", guard: _StreamGuard) -> None:
     """End the children in the order of the data path: serve drains first, then learn saves, then the sandbox."""
     for role in ("serve", "learn", "sandbox"):
         for child in (c for c in children if c.role == role and c.poll() is None and c.process is not None):
             child.signal(signal.SIGTERM)
             limit = time.monotonic() + DRAIN_LIMIT_S
             while child.wait(0.2) is None:
+                with contextlib.suppress(AgentRLError):
+                    guard.look()  # a drain needs the stream to the end
                 if stop.impatient or time.monotonic() > limit:
                     log.warning("child_killed role=%s it did not drain in time", child.role)
                     child.signal(signal.SIGKILL)

@@ -6,10 +6,11 @@ import sys
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import get_args
 
 from agentrl.assembly.parts import SUPERVISED_VARIABLE
 from agentrl.config import Config
-from agentrl.errors import SandboxError
+from agentrl.errors import ConfigError, SandboxError
 from agentrl.process import die_with_parent, free_port
 from agentrl.supervise import deadline
 from agentrl.telemetry.run_dir import RunDir
@@ -28,16 +29,31 @@ def serve_sandbox(
     token: str | None,
     allow_unsafe: bool,
     run_dir: Path | None,
+    processes: int = 1,
+    tier: str = "auto",
+    max_sessions: int | None = None,
 ) -> None:
     """Serve until stopped; with ``run_dir`` the address is recorded there as role ``sandbox``."""
     from agentrl.sandbox.app import serve
+    from agentrl.sandbox.pool import TierChoice
 
+    if tier not in get_args(TierChoice):
+        raise ConfigError(f"sandbox tier={tier!r} must be one of {', '.join(get_args(TierChoice))}")
     port = port or free_port(host)
     if run_dir is not None:
         RunDir(run_dir).register("sandbox", url=f"http://{host}:{port}")
     try:
         serve(
-            host, port, workers=workers, memory_limit_mb=memory_mb, preload=tuple(preload), token=token, allow_unsafe=allow_unsafe
+            host,
+            port,
+            workers=workers,
+            processes=processes,
+            tier=tier,
+            max_sessions=max_sessions,
+            memory_limit_mb=memory_mb,
+            preload=tuple(preload),
+            token=token,
+            allow_unsafe=allow_unsafe,
         )
     finally:
         if run_dir is not None:

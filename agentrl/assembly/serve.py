@@ -8,7 +8,7 @@ import asyncio
 import logging
 import signal
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -29,11 +29,14 @@ from agentrl.assembly.parts import (
     needs_sandbox,
     release_stream_server,
     run_dir_of,
+    run_secret,
+    share_sandbox_token,
     stream_url,
     vocab_size_of,
 )
 from agentrl.assembly.run import refuse_if_active
 from agentrl.assembly.sandbox import sandbox_process
+from agentrl.assembly.watchdog import ServeProgress, Watchdog, waits_now
 from agentrl.config import Config, dump_config
 from agentrl.data.task_source import TaskSource
 from agentrl.rollout.agent_loop import Limits, run_rollout
@@ -58,7 +61,7 @@ from agentrl.stream.fingerprint import check_fingerprint
 from agentrl.stream.keys import Keys
 from agentrl.stream.policy import Progress, read_policy, read_progress
 from agentrl.stream.producer import TrajectoryProducer
-from agentrl.supervise import current_waits, running
+from agentrl.supervise import running
 from agentrl.telemetry.run_dir import RunDir
 from agentrl.telemetry.trajectory_log import TrajectoryLog
 from agentrl.types import Episode, SamplingParams, Task, Trajectory
@@ -74,6 +77,7 @@ def main(config: Config) -> None:
     """Run serve until SIGTERM or Ctrl-C, then drain."""
     directory = run_dir_of(config).create()
     refuse_if_active(directory, ("serve",))
+    share_sandbox_token(config, directory)
     if not directory.config.is_file():
         directory.config.write_text(dump_config(config))
     try:
@@ -91,7 +95,8 @@ async def serve(config: Config, directory: RunDir) -> None:
     try:
         async with _rollouts(config, directory) as (worker, status):
             directory.event("serve_ready")
-            async with running(worker=worker.run(), status=_report(directory, status)):
+            watchdog = _watch(Watchdog(directory, config))
+            async with running(worker=worker.run(), status=_report(directory, status), watchdog=watchdog):
                 await stop.wait()
                 log.info("draining: open groups finish, no new ones start")
                 await worker.drain(limit_s=DRAIN_LIMIT_S)
@@ -125,7 +130,7 @@ async def _rollouts(config: Config, directory: RunDir) -> AsyncGenerator[tuple[R
                     manager, read_policy=partial(read_policy, client, keys), mode=config.serve.weight_sync,
                     on_update=lambda update: directory.event("weights_updated", **asdict(update)),
                 )  # fmt: skip
-                meter = _TokenMeter()
+                meter, progress = _TokenMeter(), ServeProgress()
 
                 def on_trajectory(trajectory: Trajectory, episode: Episode | None) -> None:
                     meter.add(trajectory.num_sampled)
@@ -152,7 +157,7 @@ async def _rollouts(config: Config, directory: RunDir) -> AsyncGenerator[tuple[R
                     paused=toolbox.blocked,
                 )
                 async with running(reconciler=reconciler.run()):
-                    yield worker, lambda: _status(worker, manager, meter, toolbox.stats())
+                    yield worker, lambda: _status(worker, manager, meter, progress, toolbox.stats())
         finally:
             if trajectory_log is not None:
                 trajectory_log.close()
@@ -255,23 +260,32 @@ def _fleet(config: Config, directory: RunDir, manager: AsyncLLMServerManager, mo
     serve = config.serve
     if serve.urls:
         return AttachedServers(serve.urls, manager=manager, api_key=serve.api_key, admin_key=serve.admin_key)
-    spec = _engine_spec(config, model_path)
+    spec = _engine_spec(config, directory, model_path)
     return EngineFleet(
         [spec] * serve.replicas, manager=manager, log_dir=directory.logs, omp_threads=serve.engine_threads, on_change=record
     )
 
 
-def _engine_spec(config: Config, model_path: str) -> EngineSpec:
+def _engine_spec(config: Config, directory: RunDir, model_path: str) -> EngineSpec:
     serve = config.serve
     if serve.engine == "sglang":
-        return SGLangEngineSpec(model_path=model_path, command_prefix=serve.sglang_command, extra_args=serve.sglang_args)
+        return SGLangEngineSpec(
+            model_path=model_path, command_prefix=serve.sglang_command, extra_args=serve.sglang_args, api_key=serve.api_key
+        )
     return EmbeddedEngineSpec(
         model_path=model_path,
         device=None if serve.device == "auto" else serve.device,
         dtype=config.model.dtype,
         max_running_requests=serve.engine_requests,
+        api_key=serve.api_key or (run_secret(directory, "engine_key") if serve.engine_auth else None),
         extra_args=["--num-blocks", str(serve.engine_blocks), "--seed", str(config.run.seed)],
     )
+
+
+async def _watch(watchdog: Watchdog) -> None:
+    while True:
+        await asyncio.sleep(watchdog.every_s)
+        await asyncio.to_thread(watchdog.look)
 
 
 async def _report(directory: RunDir, status: Callable[[], dict[str, Any]]) -> None:
@@ -280,14 +294,23 @@ async def _report(directory: RunDir, status: Callable[[], dict[str, Any]]) -> No
         await asyncio.sleep(STATUS_EVERY_S)
 
 
-def _status(worker: RolloutWorker, manager: AsyncLLMServerManager, meter: "_TokenMeter", tools: Any) -> dict[str, Any]:
-    waits = {reason: {"count": w.count, "oldest_s": round(w.oldest_s, 1)} for reason, w in current_waits().items()}
+def _status(
+    worker: RolloutWorker,
+    manager: AsyncLLMServerManager,
+    meter: "_TokenMeter",
+    progress: ServeProgress,
+    tools: Mapping[str, Mapping[str, float]],
+) -> dict[str, Any]:
+    status, servers, waits = worker.status(), manager.stats(), waits_now()
+    answered = sum(int(t["calls"] - t["infra_errors"] - t["timeouts"]) for t in tools.values())
+    tokens = sum(server.tokens_served for server in servers)
     return {
-        **worker.status(),
+        **status,
+        **progress.fields(finished=int(status["finished"]), tokens=tokens, calls=answered),
         "wait": next(iter(waits), ""),
         "waits": waits,
         "tokens_per_s": round(meter.rate(), 1),
-        "engines": [asdict(server) for server in manager.stats()],
+        "engines": [asdict(server) for server in servers],
         "tools": tools,
     }
 

@@ -156,7 +156,12 @@ def evaluate(
 def sandbox(
     host: Annotated[str, typer.Option(help="Address to bind; other than loopback needs --token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free port.")] = 8080,
-    workers: Annotated[int, typer.Option(help="Warm fork-servers.")] = 1,
+    workers: Annotated[int, typer.Option(help="Warm fork-servers of each process.")] = 1,
+    processes: Annotated[int, typer.Option(help="HTTP processes behind the port; the limits are shared out.")] = 1,
+    tier: Annotated[
+        str, typer.Option(help="auto | zygote | zygote-landlock | bubblewrap | nsjail; auto takes the first that isolates.")
+    ] = "auto",
+    max_sessions: Annotated[int | None, typer.Option(help="Open sessions at once; by default what memory allows.")] = None,
     memory_mb: Annotated[int, typer.Option(help="Memory limit of one run.")] = 512,
     preload: Annotated[list[str] | None, typer.Option(help="Module imported once, before any run; repeat for more.")] = None,
     token: Annotated[
@@ -172,6 +177,9 @@ def sandbox(
         host,
         port,
         workers=workers,
+        processes=processes,
+        tier=tier,
+        max_sessions=max_sessions,
         memory_mb=memory_mb,
         preload=preload or [],
         token=token,
@@ -200,6 +208,39 @@ def ledger(run: RunPath, as_json: AsJson = False) -> None:
     raise typer.Exit(0 if book.closes else 1)
 
 
+@app.command("dead-letters")
+def dead_letters(
+    run: RunPath,
+    replay: Annotated[list[str] | None, typer.Option(help="Put this letter back on the stream; repeat for more.")] = None,
+    drop: Annotated[list[str] | None, typer.Option(help="Delete this letter; it stays counted as failed.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Entries that could not be trained and why; put them back, or forget them. Ids are the letter's or the trajectory's."""
+    from dataclasses import asdict
+
+    from agentrl.assembly.audit import stream_of
+    from agentrl.stream.dead_letters import drop_dead_letters, list_dead_letters, replay_dead_letters
+
+    with stream_of(run) as (client, keys):
+        if replay or drop:
+            replayed = replay_dead_letters(client, keys, replay) if replay else []
+            dropped = drop_dead_letters(client, keys, drop) if drop else 0
+            print(json.dumps({"replayed": replayed, "dropped": dropped}) if as_json else _what_became(replayed, dropped))
+            return
+        letters = list_dead_letters(client, keys)
+    if as_json:
+        print(json.dumps([asdict(letter) for letter in letters], indent=1))
+        return
+    for letter in letters:
+        state = f"cannot be replayed: {letter.obstacle}" if letter.obstacle else "can be replayed"
+        print(f"{letter.entry}  {letter.id}  {letter.num_bytes} bytes  {letter.reason}  ({state})")
+    print(f"{len(letters)} dead letters")
+
+
+def _what_became(replayed: Sequence[str], dropped: int) -> str:
+    return "\n".join([*(f"replayed as {name}" for name in replayed), *([f"dropped {dropped}"] if dropped else [])])
+
+
 @app.command()
 def doctor(
     run: Annotated[Path | None, typer.Argument(help="A run to look into; without one, this machine.")] = None,
@@ -214,7 +255,7 @@ def doctor(
         print(json.dumps([f.to_json() for f in findings], indent=1))
     else:
         for f in findings:
-            console.print(f.line(), highlight=False)
+            print(f.line())  # not the console's: it would wrap, and a line is what scripts and logs look for
     raise typer.Exit(1 if any(f.level == "fail" for f in findings) else 0)
 
 

@@ -35,8 +35,17 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), *, secti
     place = str(path) if path else "defaults"
     try:
         raw = _compose(find_config(path), prepared) if path else _compose_overrides(prepared)
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(f"{place}: {_first_cause(error)}") from error
+    except (
+        HydraException,
+        OmegaConfBaseException,
+        yaml.YAMLError,
+        ValueError,
+        TypeError,
+        OSError,
+        RecursionError,
+    ) as error:
+        # The last four come from inside these libraries: bytes that are not UTF-8, keys of odd types, nesting without end.
+        raise ConfigError(f"{place}: {_first_cause(error) or type(error).__name__}") from error
     return parse_config(raw, place=place)
 
 

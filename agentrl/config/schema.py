@@ -27,6 +27,11 @@ class RunConfig(Section):
     """Folder that holds run folders."""
     seed: int = 0
     """Seeds task order, routing ties, initial weights and the learner."""
+    stall_warn_s: PositiveFloat = 180.0
+    """Without progress for this long, every process prints which stage waits, for what and what to change. Set it above the
+    longest step and the longest rollout."""
+    max_restarts: PositiveInt = 20
+    """Restarts of one process within ten minutes before ``run`` gives up."""
 
 
 class ModelConfig(Section):
@@ -72,7 +77,7 @@ class ServeConfig(Section):
     urls: list[str] = []
     """Attach to these running servers instead of starting any."""
     api_key: str | None = Field(default=None, repr=False)
-    """Bearer key of attached servers (data endpoints)."""
+    """Bearer key of attached servers (data endpoints), or for those that are started; embedded engines get a random one."""
     admin_key: str | None = Field(default=None, repr=False)
     """Bearer key of attached servers (control endpoints)."""
     sglang_command: list[str] = ["python", "-m", "sglang.launch_server"]
@@ -87,6 +92,8 @@ class ServeConfig(Section):
     """KV-cache blocks (of 16 tokens) of an embedded engine."""
     engine_threads: PositiveInt = 1
     """OpenMP threads per engine process. Two on shared cores are slower than one."""
+    engine_auth: bool = False
+    """Ask a bearer key, made up for the run, of embedded engines too. They bind to loopback only."""
     agent: str = "tool_agent"
     """Agent loop for rows that name none: ``tool_agent`` or ``single_turn``."""
     parser: str = "hermes"
@@ -156,6 +163,89 @@ class QueueConfig(Section):
     """``checkpoint``: exactly once for the weights that survive. ``step``: a crash forgets what was trained since the last one."""
 
 
+class CorrectionConfig(Section):
+    """What the learner does about data that its own weights did not sample (older weights, other kernels)."""
+
+    mode: Literal["bypass", "decoupled", "pure"] | None = None
+    """``bypass``: the loss's ratio is current / rollout and corrects by itself. ``decoupled``: the ratio is around the weights before
+    the step, and tokens are weighted by old / rollout. ``pure``: REINFORCE weighted by current / rollout, no clip (needs
+    ``learn.loss=reinforce``). Default: what ``learn.old_logprobs`` says."""
+    weights: Literal["token", "sequence"] | None = None
+    """Level of the importance weights; none applies no weights."""
+    threshold: float | str = 2.0
+    """``2.0`` truncates the weights there (TIS); ``"0.5_5.0"`` drops what lies outside (IcePop)."""
+    batch_normalize: bool = False
+    """Divide the weights by their mean over the step."""
+    reject: str | None = None
+    """Rejection rules, comma-separated, such as ``seq_mean_k3`` or ``token_k1``; what breaks one is not trained."""
+    reject_threshold: float | str | None = None
+    """Their thresholds: one for all, or one per rule, comma-separated; ``k1`` rules take ratios such as ``"0.5_2.0"``."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "CorrectionConfig":
+        if (self.reject is None) != (self.reject_threshold is None):
+            raise ValueError(
+                f"learn.correction.reject={self.reject!r} and reject_threshold={self.reject_threshold!r} go together: give both or none"
+            )
+        return self
+
+
+class KLConfig(Section):
+    """How the policy is held near the frozen starting policy; ``learn.kl_coef`` switches it on."""
+
+    place: Literal["loss", "reward"] = "loss"
+    """A term of the loss, or taken off each token's reward."""
+    estimator: str | None = None
+    """``k1``, ``abs``, ``k2``, ``k3``, or with a ``+`` the same value with k2's gradient. Default: k3 in the loss, k1 in the reward."""
+    controller: Literal["fixed", "adaptive"] = "fixed"
+    """``adaptive`` moves the coefficient so that the measured KL comes to ``target``."""
+    target: PositiveFloat = 0.1
+    """KL per token, in nats."""
+    horizon: PositiveFloat = 10_000.0
+    """Trajectories over which the adaptive controller reacts."""
+
+
+class OverlongConfig(Section):
+    """DAPO's soft punishment of long answers."""
+
+    buffer: PositiveInt
+    """Sampled tokens before ``max_length`` over which the penalty grows."""
+    max_length: PositiveInt | None = None
+    """Sampled tokens at which the penalty is full; default ``serve.tokens``."""
+    penalty: PositiveFloat = 1.0
+    """The full penalty, taken off the reward."""
+
+
+class CriticConfig(Section):
+    """The value model that ``learn.advantage=gae`` needs."""
+
+    path: str | None = None
+    """Directory to start from; default ``model.path``."""
+    lr: PositiveFloat = 1e-5
+    """Peak learning rate."""
+    lr_warmup_steps: NonNegativeInt = 0
+    """Updates of linear warm-up."""
+    warmup_steps: NonNegativeInt = 0
+    """First steps that train the critic alone."""
+    clip: PositiveFloat | None = 0.5
+    """How far a value may move in one step before its loss is clipped; null never clips."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay."""
+    grad_clip: PositiveFloat = 1.0
+    """Gradient norm bound."""
+
+
+class LoraConfig(Section):
+    """Train low-rank adapters instead of all weights. Engines get merged weights; checkpoints hold the adapters too."""
+
+    rank: PositiveInt
+    """Rank of the adapters."""
+    alpha: PositiveFloat | None = None
+    """Scale times rank; default twice the rank."""
+    targets: list[str] = []
+    """Linear layers by name, such as ``q_proj``; empty: all but the LM head."""
+
+
 class LearnConfig(Section):
     """Turns trajectories into new weights."""
 
@@ -189,12 +279,30 @@ class LearnConfig(Section):
         "token-mean"
     )
     """How token losses are added up; normalised over the whole step, whatever the micro-batches."""
-    old_logprobs: Literal["rollout", "recompute"] = "rollout"
-    """The ratio's denominator: the sampler's logprobs, or those of the weights before the step (decoupled)."""
+    old_logprobs: Literal["rollout", "recompute", "loglinear"] = "rollout"
+    """The ratio's denominator: the sampler's logprobs, those of the weights before the step (decoupled), or, for
+    ``loss=decoupled_ppo``, an interpolation by version that needs no forward pass."""
     tis_cap: PositiveFloat | None = None
-    """Cap of the token importance weights when ``old_logprobs=recompute``; none applies no correction."""
+    """Cap of the token importance weights when ``old_logprobs=recompute``; short for ``correction.weights=token`` with that
+    ``correction.threshold``."""
+    correction: CorrectionConfig = CorrectionConfig()
+    """Off-policy mode, importance weights and rejection."""
     kl_coef: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the KL loss to the frozen starting policy; 0 loads no reference."""
+    """Weight of the KL to the frozen starting policy; 0 loads no reference."""
+    kl: KLConfig = KLConfig()
+    """Where the KL acts, how it is estimated and steered."""
+    overlong: OverlongConfig | None = None
+    """Penalty on long answers; none by default."""
+    turn_rewards: bool = False
+    """Place per-turn rewards at their turns; turn-level estimators always do."""
+    epochs: PositiveInt = 1
+    """Passes over each batch."""
+    minibatches: PositiveInt = 1
+    """Optimizer updates per pass; groups stay together."""
+    critic: CriticConfig | None = None
+    """Value model, for ``advantage=gae``."""
+    lora: LoraConfig | None = None
+    """Low-rank adapters instead of full training."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
     lr: PositiveFloat = 1e-6
@@ -211,6 +319,16 @@ class LearnConfig(Section):
     """Gradient norm bound."""
     micro_tokens: PositiveInt = 8192
     """Tokens per forward pass; the only memory knob most runs need."""
+    logit_chunk: PositiveInt = 1024
+    """Tokens whose logits over the vocabulary exist at a time."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: about a third more time, far less memory."""
+    offload: bool = False
+    """Keep shards, gradients and optimizer state in host memory; slow, for models that do not fit."""
+    grad_sync: Literal["last", "each"] = "last"
+    """Add gradients up over ranks once per update, or after each micro-batch, which keeps shards only."""
+    prefetch: bool = True
+    """Read and decode the next batch's groups while this one is trained."""
     save_every: PositiveInt = 20
     """Steps between checkpoints."""
     keep: Annotated[int, Field(ge=2)] = 2
@@ -231,11 +349,42 @@ class LearnConfig(Section):
                 f"learn.pipeline_depth={self.pipeline_depth} exceeds learn.max_staleness={self.max_staleness}: work generated that "
                 "far ahead would always be too stale. Lower pipeline_depth or raise max_staleness"
             )
-        if self.tis_cap is not None and self.old_logprobs != "recompute":
+        if self.tis_cap is not None and self.off_policy_mode != "decoupled":
             raise ValueError(
                 "learn.tis_cap needs learn.old_logprobs=recompute: with the sampler's logprobs the ratio itself corrects"
             )
+        if self.tis_cap is not None and self.correction.weights is not None:
+            raise ValueError("learn.tis_cap and learn.correction.weights both set importance weights: keep one of them")
+        mode, decouples = self.correction.mode, self.old_logprobs == "recompute"
+        if mode is not None and mode != "decoupled" and decouples:
+            raise ValueError(f"learn.correction.mode={mode} contradicts learn.old_logprobs=recompute, which is decoupled")
+        if mode == "pure" and (self.loss != "reinforce" or self.correction.weights is None):
+            raise ValueError(
+                f"learn.correction.mode=pure is REINFORCE with importance weights: set learn.loss=reinforce (is {self.loss}) and "
+                f"learn.correction.weights=token or sequence (is {self.correction.weights})"
+            )
+        if (
+            mode != "pure"
+            and self.off_policy_mode == "bypass"
+            and self.correction.weights is not None
+            and self.loss != "reinforce"
+        ):
+            raise ValueError(
+                "learn.correction.weights with the rollout's logprobs would count the ratio twice: set learn.correction.mode=decoupled, "
+                "or pure with learn.loss=reinforce"
+            )
+        if self.critic is not None and self.advantage != "gae":
+            raise ValueError(f"learn.critic is of use to learn.advantage=gae only, not to {self.advantage}")
+        if self.critic is None and self.advantage == "gae":
+            raise ValueError("learn.advantage=gae needs values: add a `critic:` section under learn, or use grpo or rloo")
         return self
+
+    @property
+    def off_policy_mode(self) -> Literal["bypass", "decoupled", "pure"]:
+        """The correction's mode, which ``old_logprobs`` decides where it is not given."""
+        if self.correction.mode is not None:
+            return self.correction.mode
+        return "decoupled" if self.old_logprobs == "recompute" else "bypass"
 
 
 class SftConfig(Section):

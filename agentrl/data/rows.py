@@ -243,7 +243,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 for row in batch.to_pylist():
                     yield number, _without_nulls(row)
                     number += 1
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: damaged names and messages that are not UTF-8
         raise DataError(f"{path}: row {number}: not readable as parquet ({error})") from error
 
 

@@ -21,13 +21,14 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from agentrl.errors import CheckpointError
 from agentrl.learner.distributed import Team
 from agentrl.learner.durable import point_link, replace_directory, sync_tree
 from agentrl.learner.learner import Learner
-from agentrl.learner.model import link_or_copy
+from agentrl.learner.model import link_or_copy, link_tree
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,9 @@ STATE_FILE = "state.json"
 TRAINED_FILE = "trained_ids.jsonl"
 LEDGER_FILE = "ledger.jsonl"
 LATEST = "latest"
+_STATE_FIELDS: dict[str, type] = {
+    "step": int, "policy_version": int, "num_updates": int, "num_skipped_updates": int, "rng": str, "state": dict, "files": dict,
+}  # fmt: skip
 _STEP = re.compile(r"step_(\d+)")
 
 
@@ -113,14 +117,12 @@ class Checkpoints:
                 ) from error
         team.barrier()
         self._on_stage("shards")
-        weights, optimizer = get_state_dict(learner.policy, learner.optimizer)
-        dcp.save({"model": weights, "optimizer": optimizer}, checkpoint_id=temporary / "dcp")
+        dcp.save(_sharded_state(learner), checkpoint_id=temporary / "dcp")
         self._on_stage("weights")
         if weights_from is None:
             learner.export(temporary)
         elif team.is_main:
-            for file in Path(weights_from).iterdir():
-                link_or_copy(file, temporary / file.name)
+            link_tree(Path(weights_from), temporary)
         if team.is_main:
             self._finish(learner, temporary, final, step=step, state=state, consumed=list(consumed))
         self._parent = final
@@ -144,9 +146,7 @@ class Checkpoints:
             return None
         saved = read_state(path)
         _restore_shards(learner, path)
-        learner.policy_version = int(saved["policy_version"])
-        learner.num_updates = int(saved["num_updates"])
-        learner.num_skipped_updates = int(saved["num_skipped_updates"])
+        learner.restore_counters(saved)
         torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(saved["rng"])), dtype=torch.uint8))
         self._parent = path
         logger.info("checkpoint loaded path=%s step=%d", path, saved["step"])
@@ -197,9 +197,7 @@ class Checkpoints:
         record = {
             "schema": SCHEMA,
             "step": step,
-            "policy_version": learner.policy_version,
-            "num_updates": learner.num_updates,
-            "num_skipped_updates": learner.num_skipped_updates,
+            **learner.counters(),
             "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
             "parent": parent.name if parent is not None else None,
             "state": dict(state),
@@ -269,6 +267,8 @@ def damage(path: Path) -> str | None:
         saved = read_state(path)
     except CheckpointError as error:
         return str(error)
+    if unlisted := [name for name in (TRAINED_FILE, LEDGER_FILE) if name not in saved["files"]]:
+        return f"{STATE_FILE} does not list {', '.join(unlisted)}"
     for name, size in saved["files"].items():
         file = path / name
         if not file.is_file():
@@ -291,6 +291,11 @@ def read_state(path: Path) -> dict[str, Any]:
     if not isinstance(saved, dict) or saved.get("schema") != SCHEMA:
         found = saved.get("schema") if isinstance(saved, dict) else None
         raise CheckpointError(f"{STATE_FILE} has schema {found}, this version reads {SCHEMA}")
+    wrong = [
+        name for name, kind in _STATE_FIELDS.items() if not isinstance(saved.get(name), kind) or isinstance(saved[name], bool)
+    ]
+    if wrong or not all(isinstance(size, int) for size in saved["files"].values()):
+        raise CheckpointError(f"{STATE_FILE} is malformed: {', '.join(wrong) or 'files'} is missing or of a wrong type")
     return saved
 
 
@@ -300,29 +305,58 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in stream if line.strip()]
 
 
+def _parts(learner: Learner) -> dict[str, tuple[nn.Module, torch.optim.Optimizer]]:
+    """Models with optimizers, by the prefix of their names in a checkpoint."""
+    parts: dict[str, tuple[nn.Module, torch.optim.Optimizer]] = {"": (learner.policy, learner.optimizer)}
+    if learner.critic is not None:
+        parts["critic_"] = (learner.critic.model, learner.critic.optimizer)
+    return parts
+
+
+def _sharded_state(learner: Learner) -> dict[str, Any]:
+    state: dict[str, Any] = {}
+    for prefix, (model, optimizer) in _parts(learner).items():
+        state[f"{prefix}model"], state[f"{prefix}optimizer"] = get_state_dict(model, optimizer)
+    return state
+
+
 def _restore_shards(learner: Learner, path: Path) -> None:
-    target: dict[str, Any] = dict(zip(("model", "optimizer"), get_state_dict(learner.policy, learner.optimizer), strict=True))
-    weights: dict[str, Any] = target["model"]
+    target = _sharded_state(learner)
     reader = dcp.FileSystemReader(path / "dcp")
-    found: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    _check_names(target, reader.read_metadata().state_dict_metadata, path)
+    kept = {
+        prefix: [{k: g[k] for k in ("betas", "eps", "weight_decay")} for g in optimizer.param_groups]
+        for prefix, (_, optimizer) in _parts(learner).items()
+    }
+    dcp.load(target, storage_reader=reader)
+    for prefix, (model, optimizer) in _parts(learner).items():
+        set_state_dict(model, optimizer, model_state_dict=target[f"{prefix}model"], optim_state_dict=target[f"{prefix}optimizer"])
+        for group, setting in zip(optimizer.param_groups, kept[prefix], strict=True):
+            group.update(setting)  # the moments are the checkpoint's, the settings are this run's
+
+
+def _check_names(target: Mapping[str, Any], found: Mapping[str, Any], path: Path) -> None:
+    """Every weight of ours is there in our shape, and nothing else is.
+
+    Raises:
+        CheckpointError: of another model.
+    """
     wrong: list[str] = []
-    for name, value in weights.items():
-        saved = found.get(f"model.{name}")
-        if saved is None:
-            wrong.append(f"{name} is not in the checkpoint")
-        elif tuple(saved.size) != tuple(value.shape):
-            wrong.append(f"{name} is {list(saved.size)} there and {list(value.shape)} here")
-    wrong += [f"{n.removeprefix('model.')} is only there" for n in found if n.startswith("model.") and n[6:] not in weights]
+    for part in ("model", "critic_model"):
+        weights: dict[str, Any] = target.get(part, {})
+        for name, value in weights.items():
+            saved = found.get(f"{part}.{name}")
+            if saved is None:
+                wrong.append(f"{name} is not in the checkpoint")
+            elif tuple(saved.size) != tuple(value.shape):
+                wrong.append(f"{name} is {list(saved.size)} there and {list(value.shape)} here")
+        there = (n.removeprefix(f"{part}.") for n in found if n.startswith(f"{part}."))
+        wrong += [f"{name} is only there" for name in there if name not in weights]
     if wrong:
         raise CheckpointError(
             f"checkpoint {path} is of another model: {'; '.join(wrong[:3])}{f' and {len(wrong) - 3} more' if wrong[3:] else ''}. "
-            f"Use the model it was made with, or resume=disable."
+            f"Use the model (and critic, and adapters) it was made with, or resume=disable."
         )
-    settings = [{k: g[k] for k in ("betas", "eps", "weight_decay")} for g in learner.optimizer.param_groups]
-    dcp.load(target, storage_reader=reader)
-    set_state_dict(learner.policy, learner.optimizer, model_state_dict=target["model"], optim_state_dict=target["optimizer"])
-    for group, setting in zip(learner.optimizer.param_groups, settings, strict=True):
-        group.update(setting)  # the moments are the checkpoint's, the settings are this run's
 
 
 def _steps(directory: Path) -> list[Path]:

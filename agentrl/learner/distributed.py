@@ -6,7 +6,7 @@ the CPU, so they never disturb the accelerator's stream.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -63,6 +63,17 @@ class Team:
             data = np.ascontiguousarray(arrays[name]).tobytes() if arrays is not None else None
             received[name] = np.frombuffer(self.broadcast_bytes(data), dtype=np.dtype(dtype)).reshape(shape)
         return received
+
+    def all_names(self, names: Sequence[str]) -> list[str]:
+        """The union of every rank's names, sorted; a collective."""
+        own = json.dumps(list(names)).encode()
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(sizes, torch.tensor([len(own)]))
+        longest = int(max(sizes))
+        padded = torch.frombuffer(bytearray(own.ljust(longest)), dtype=torch.uint8)
+        gathered = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.world_size)]
+        dist.all_gather(gathered, padded)
+        return sorted({name for data in gathered for name in json.loads(data.numpy().tobytes())})
 
     def sum_(self, values: Tensor) -> Tensor:
         """Add up ``values`` over the ranks, in place."""

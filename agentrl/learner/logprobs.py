@@ -50,6 +50,26 @@ def token_logprobs(
     return logprobs, entropy
 
 
+@torch.no_grad()
+def token_squares(
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    targets: Tensor,  # [N] int64
+    *,
+    temperature: float = 1.0,
+    chunk_size: int = 1024,
+) -> tuple[Tensor, Tensor]:  # [N] fp32 logprobs, [N] fp32 sums over the vocabulary of squared probabilities
+    """What the optimal token baseline knows of a token, without a gradient; chunked as `token_logprobs`."""
+    logprobs = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+    squares = torch.zeros_like(logprobs)
+    for start in range(0, hidden.shape[0], chunk_size):
+        chunk = slice(start, start + chunk_size)
+        log_p = ((hidden[chunk] @ weight.T).float() / temperature).log_softmax(-1)
+        logprobs[chunk] = log_p.gather(-1, targets[chunk, None])[:, 0]
+        squares[chunk] = (2 * log_p).exp().sum(-1)
+    return logprobs, squares
+
+
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(

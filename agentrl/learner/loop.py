@@ -12,10 +12,11 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
-from agentrl.errors import StalledError
+from agentrl.errors import DataError, StalledError
 from agentrl.learner.batching import BatchBuilder, StepBatch
 from agentrl.learner.checkpoint import Checkpoints, Consumed
 from agentrl.learner.learner import Learner
+from agentrl.learner.prefetch import Prefetcher
 from agentrl.learner.weight_publisher import WeightPublisher
 from agentrl.types import PolicyRecord, TrajectoryGroup, content_digest
 
@@ -70,6 +71,7 @@ def run_learning(
     stall_timeout_s: float | None = None,
     resume: str = "auto",
     on_wait: Callable[[str, float], None] | None = None,
+    prefetch: bool = False,
 ) -> int:
     """Learn until ``num_steps`` policy versions exist, or until asked to stop; call it on every rank.
 
@@ -85,6 +87,7 @@ def run_learning(
         stall_timeout_s: quiet seconds after which waiting for a group is an error; None waits for ever, and says so.
         resume: see `Checkpoints.load`.
         on_wait: told (``group``, quiet seconds) while waiting.
+        prefetch: read the next batch's groups in a thread while this one is trained.
 
     Returns:
         The policy version reached.
@@ -101,7 +104,7 @@ def run_learning(
         source, batches, learner, checkpoints, publisher, announce,
         ack_at=ack_at, should_stop=should_stop or _never, stall_timeout_s=stall_timeout_s, on_wait=on_wait or _ignore_wait,
     )  # fmt: skip
-    run.start(resume)
+    run.start(resume, prefetch=prefetch)
     try:
         while learner.policy_version < num_steps:
             with run.timed("wait"):
@@ -117,6 +120,8 @@ def run_learning(
     except StalledError:
         run.finish()
         raise
+    finally:
+        run.stop_reading()
     run.finish()
     return learner.policy_version
 
@@ -153,8 +158,9 @@ class _Run:
         self._saved_version = -1
         self._record: PolicyRecord | None = None
         self._timings: dict[str, float] = {}
+        self._prefetcher: Prefetcher | None = None
 
-    def start(self, resume: str) -> None:
+    def start(self, resume: str, *, prefetch: bool) -> None:
         """Fence off an older learner, restore, and announce what is there before anything else."""
         self._run_epoch = self._source.acquire()
         loaded = self._checkpoints.load(self._learner, resume)
@@ -164,6 +170,15 @@ class _Run:
             self._contained = loaded.outcomes
         self._saved_version = self._learner.policy_version
         self._publish()
+        if prefetch:
+            self._prefetcher = Prefetcher(self._source, capacity=self._batches.groups_per_step)
+
+    def stop_reading(self) -> None:
+        """End the prefetch thread; what it had read stays on the stream. Safe to call twice."""
+        if self._prefetcher is not None:
+            read_in_vain = self._prefetcher.close()
+            self._prefetcher = None
+            logger.debug("groups read ahead and left on the stream: %d", read_in_vain)
 
     def next_batch(self) -> StepBatch | None:
         """Collect groups until a batch is complete; None when asked to stop."""
@@ -174,7 +189,7 @@ class _Run:
             if self._should_stop():
                 return None
             self._command("idle")
-            group = self._source.next_group(POLL_S)
+            group = (self._prefetcher or self._source).next_group(POLL_S)
             if group is not None:
                 self._take(group)
                 quiet_since, next_report_s = time.monotonic(), FIRST_WAIT_REPORT_S
@@ -203,7 +218,8 @@ class _Run:
     def learn(self, batch: StepBatch) -> dict[str, float]:
         """One step, and its policy announced."""
         self._command("step")
-        metrics = self._learner.step(batch)
+        with self._blaming(batch):
+            metrics = self._learner.step(batch)
         self._account(batch, was_skipped=metrics.get("update/nonfinite", 0.0) >= 1.0)
         self._source.report_progress(self._consumed_groups)
         with self.timed("publish"):
@@ -280,6 +296,23 @@ class _Run:
         self._reported_useless = 0
         self._unacknowledged += batch.groups
         self._outcomes |= outcomes
+
+    @contextmanager
+    def _blaming(self, batch: StepBatch) -> Generator[None]:
+        """Poison protection: say which trajectories made training raise, so that the stream stops offering them for ever.
+
+        An error that names its trajectories blames those; another one that data can cause blames the batch. What says nothing
+        about the data (memory, a lost rank, divergence) blames nothing.
+        """
+        try:
+            yield
+        except (DataError, ValueError, IndexError) as error:
+            ids: tuple[str, ...] = getattr(error, "trajectory_ids", ()) or tuple(row.trajectory.id for row in batch.rows)
+            blame: Callable[[Sequence[str]], None] | None = getattr(self._source, "blame", None)
+            if blame is not None and ids:
+                logger.error("training raised on this batch; blamed %d trajectories, first %s: %s", len(ids), ids[0], error)
+                blame(ids)
+            raise
 
     def _acknowledge(self) -> None:
         if self._unacknowledged:

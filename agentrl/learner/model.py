@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
 from agentrl.errors import ConfigError
 from agentrl.learner.attention import PACKED
 from agentrl.learner.distributed import Team
-from agentrl.learner.logprobs import predictor_index, token_logprobs
+from agentrl.learner.logprobs import predictor_index, token_logprobs, token_squares
+from agentrl.learner.lora import LoraSettings, add_adapters, merge_adapters, write_adapters
 from agentrl.learner.packing import PackedRow, pack_row
 
 logger = logging.getLogger(__name__)
@@ -45,11 +46,17 @@ STATIC_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json",
 class PolicyModel(nn.Module):
     """A causal LM that answers one question: how likely were these tokens? (Letters: N tokens in a row, M asked for.)"""
 
-    def __init__(self, hf: Any, *, temperature: float = 1.0, chunk_size: int = 1024) -> None:
+    def __init__(self, hf: Any, *, temperature: float = 1.0, chunk_size: int = 1024, lora: LoraSettings | None = None) -> None:
         super().__init__()
         self.hf = hf
         self.temperature = temperature
         self.chunk_size = chunk_size
+        self.lora = lora
+
+    @property
+    def layers(self) -> Any:
+        """The decoder layers, each a unit of sharding."""
+        return getattr(self.hf.base_model, "layers", ())
 
     def forward(
         self,
@@ -58,21 +65,24 @@ class PolicyModel(nn.Module):
         cu_seqlens: Tensor,  # [S + 1] int32
         max_length: int,
         loss_positions: Tensor,  # [M] int64, tokens whose logprob is wanted; never a sequence's first
-        with_entropy: bool = True,
-    ) -> tuple[Tensor, Tensor]:  # [M] fp32, [M] fp32
-        # use_cache=False is load-bearing: with a cache transformers drops the sequence boundaries without a word.
-        packed = {"cu_seqlens": cu_seqlens, "max_length": max_length} if self.hf.config._attn_implementation == PACKED else {}
-        hidden = self.hf.base_model(
-            input_ids=ids[None], position_ids=position_ids[None], use_cache=False, **packed
-        ).last_hidden_state[0]
-        return token_logprobs(
+        also: Literal["entropy", "squares"] | None = "entropy",
+    ) -> tuple[Tensor, Tensor]:  # [M] fp32 logprobs; [M] fp32 entropies, or sums of squared probabilities, or zeros
+        hidden = hidden_states(self.hf, ids, position_ids, cu_seqlens, max_length)
+        found = (
             hidden[predictor_index(loss_positions, position_ids)],
             self.hf.get_output_embeddings().weight,
             ids[loss_positions],
-            temperature=self.temperature,
-            chunk_size=self.chunk_size,
-            with_entropy=with_entropy,
         )
+        if also == "squares":
+            return token_squares(*found, temperature=self.temperature, chunk_size=self.chunk_size)
+        return token_logprobs(*found, temperature=self.temperature, chunk_size=self.chunk_size, with_entropy=also == "entropy")
+
+
+def hidden_states(hf: Any, ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_length: int) -> Tensor:
+    """[N, H] of a packed row, before the head."""
+    # use_cache=False is load-bearing: with a cache transformers drops the sequence boundaries without a word.
+    packed = {"cu_seqlens": cu_seqlens, "max_length": max_length} if hf.config._attn_implementation == PACKED else {}
+    return hf.base_model(input_ids=ids[None], position_ids=position_ids[None], use_cache=False, **packed).last_hidden_state[0]
 
 
 def load_policy(
@@ -84,6 +94,8 @@ def load_policy(
     chunk_size: int = 1024,
     gradient_checkpointing: bool = False,
     trainable: bool = True,
+    lora: LoraSettings | None = None,
+    offload: bool = False,
 ) -> PolicyModel:
     """Load and shard a policy; ``bf16`` computes in bf16 over fp32 master weights.
 
@@ -92,50 +104,70 @@ def load_policy(
         chunk_size: tokens whose logits exist at a time.
         gradient_checkpointing: keep only layer inputs and compute the rest again in backward.
         trainable: False for a frozen reference model.
+        lora: train low-rank adapters and freeze everything else.
+        offload: keep shards, gradients and optimizer state in host memory (slow; for models that do not fit).
 
     Raises:
         ConfigError: the directory holds no causal LM, or one whose logits this learner would get wrong.
     """
-    hf = _load_causal_lm(path)
+    hf = load_causal_lm(path)
     if gradient_checkpointing:
         hf.activation_checkpointing_enable({"use_reentrant": False})
-    _disable_dropout(hf)
+    disable_dropout(hf)
     if not trainable:
         hf.requires_grad_(False)
-    policy = PolicyModel(hf, temperature=temperature, chunk_size=chunk_size)
-    policy.to(team.device)
+    if lora is not None:
+        add_adapters(hf, lora)
+    policy = PolicyModel(hf, temperature=temperature, chunk_size=chunk_size, lora=lora)
+    place(policy, team, offload=offload)
     policy.train()  # transformers checkpoints activations only in train mode
-    shard(policy, team, dtype=dtype)
+    shard(policy, policy.layers, team, dtype=dtype, offload=offload)
     return policy
 
 
-def shard(policy: PolicyModel, team: Team, *, dtype: Literal["fp32", "bf16"] = "fp32") -> None:
+def place(model: nn.Module, team: Team, *, offload: bool) -> None:
+    """Bring a model to its device before it is sharded; with ``offload`` only its buffers, which FSDP leaves where they are."""
+    if not offload:
+        model.to(team.device)
+        return
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(team.device))
+
+
+def shard(model: nn.Module, layers: Any, team: Team, *, dtype: Literal["fp32", "bf16"] = "fp32", offload: bool = False) -> None:
     """FSDP2 over all ranks: one group of parameters per decoder layer, and one for the embeddings, norm and head."""
     mesh = init_device_mesh(team.device.type, (team.world_size,))
-    precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if dtype == "bf16" else None
-    options: dict[str, Any] = {"mesh": mesh} | ({"mp_policy": precision} if precision else {})
-    for layer in getattr(policy.hf.base_model, "layers", ()):
+    options: dict[str, Any] = {"mesh": mesh}
+    if dtype == "bf16":
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    if offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=team.device.type == "cuda")
+    for layer in layers:
         fully_shard(layer, **options)
-    fully_shard(policy, **options)
+    fully_shard(model, **options)
 
 
 def run_row(
-    policy: PolicyModel, ids: Tensor, row: PackedRow, loss_positions: Tensor, *, with_entropy: bool = True
+    policy: PolicyModel,
+    ids: Tensor,
+    row: PackedRow,
+    loss_positions: Tensor,
+    *,
+    also: Literal["entropy", "squares"] | None = "entropy",
 ) -> tuple[Tensor, Tensor]:
     """Logprobs and entropies [M] of a packed row's tokens at ``loss_positions`` [M]; ``ids`` [N] are the row's own."""
+    return policy(*row_arguments(ids, row), loss_positions, also)
+
+
+def row_arguments(ids: Tensor, row: PackedRow) -> tuple[Tensor, Tensor, Tensor, int]:
+    """A packed row as a model takes it: ids, positions, sequence boundaries, longest sequence."""
     device = ids.device
-    return policy(
-        ids,
-        torch.from_numpy(row.position_ids).to(device),
-        torch.from_numpy(row.cu_seqlens).to(device),
-        row.max_length,
-        loss_positions,
-        with_entropy,
-    )
+    return ids, torch.from_numpy(row.position_ids).to(device), torch.from_numpy(row.cu_seqlens).to(device), row.max_length
 
 
 @contextmanager
-def frozen_passes(policy: PolicyModel) -> Generator[None]:
+def frozen_passes(policy: nn.Module) -> Generator[None]:
     """Forward passes without a backward.
 
     FSDP leaves the outermost group gathered after a forward, for the backward that usually follows. Here none does, and whoever
@@ -166,9 +198,9 @@ def check_packing(policy: PolicyModel, team: Team, *, tolerance: float = PACKING
     offsets = np.array([0, 11, 24])
     wanted = torch.tensor([*range(1, 11), *range(12, 24)], device=team.device)
     with frozen_passes(policy):
-        packed = run_row(policy, ids, pack_row(offsets, [0, 1]), wanted, with_entropy=False)[0]
-        first = run_row(policy, ids[:11], pack_row(offsets[:2], [0]), wanted[:10], with_entropy=False)[0]
-        second = run_row(policy, ids[11:], pack_row(np.array([0, 13]), [0]), wanted[10:] - 11, with_entropy=False)[0]
+        packed = run_row(policy, ids, pack_row(offsets, [0, 1]), wanted, also=None)[0]
+        first = run_row(policy, ids[:11], pack_row(offsets[:2], [0]), wanted[:10], also=None)[0]
+        second = run_row(policy, ids[11:], pack_row(np.array([0, 13]), [0]), wanted[10:] - 11, also=None)[0]
     difference = float((packed - torch.cat([first, second])).abs().max())
     if not difference <= tolerance:
         raise ConfigError(
@@ -179,7 +211,10 @@ def check_packing(policy: PolicyModel, team: Team, *, tolerance: float = PACKING
 
 
 def full_state(policy: PolicyModel) -> dict[str, Tensor]:
-    """Gather the unsharded weights on rank 0's CPU under Hugging Face's names (empty on other ranks). A collective."""
+    """Gather the unsharded weights on rank 0's CPU under Hugging Face's names (empty on other ranks). A collective.
+
+    Adapters are left as they are: see `merge_adapters`.
+    """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     gathered = cast("dict[str, Tensor]", get_model_state_dict(policy, options=options))
     tied = _tied_keys(policy)
@@ -191,12 +226,15 @@ def write_hf_directory(
 ) -> None:
     """Write weights, config, and the tokenizer and chat template of ``source`` unchanged; any tool can load the result.
 
-    Nothing is made durable here: the caller syncs and renames.
+    LoRA adapters are merged into the weights, and written once more by themselves under ``adapter/`` in peft's format. Nothing is made durable here: the caller syncs and renames.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
     directory.mkdir(parents=True, exist_ok=True)
+    if policy.lora is not None:
+        write_adapters(directory / "adapter", state, policy.hf, policy.lora)
+        state = merge_adapters(state, policy.lora)
     kept = torch.bfloat16 if dtype == "bf16" else torch.float32
     state = {name: value.to(kept).contiguous() if value.is_floating_point() else value for name, value in state.items()}
     shards = split_torch_state_dict_into_shards(state, max_shard_size=MAX_SHARD_BYTES)
@@ -233,7 +271,16 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _load_causal_lm(path: str | Path) -> Any:
+def link_tree(source: Path, target: Path) -> None:
+    """Every file below ``source`` under its relative name below ``target``, as `link_or_copy`."""
+    for file in sorted(source.rglob("*")):
+        if file.is_file():
+            place = target / file.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(file, place)
+
+
+def load_causal_lm(path: str | Path) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -262,7 +309,7 @@ def _is_plain_causal(config: Any) -> bool:
     return sliding is None and config.model_type in ("llama", "qwen2", "qwen3", "mistral", "smollm3", "olmo2", "phi3")
 
 
-def _disable_dropout(hf: Any) -> None:
+def disable_dropout(hf: Any) -> None:
     """With dropout the same weights would give another ratio than 1, so no policy trains with it."""
     modules: list[Any] = list(hf.modules())
     for module in modules:

@@ -187,7 +187,7 @@ def _accumulate(policy: PolicyModel, batch: Sequence[Example], team: Team, *, mi
             row = pack_row(offsets, sequences)
             positions = torch.from_numpy(np.flatnonzero(mask[row.token_index])).to(team.device)
             row_ids = torch.from_numpy(ids[row.token_index]).to(team.device)
-            logprobs, _ = run_row(policy, row_ids, row, positions, with_entropy=False)
+            logprobs, _ = run_row(policy, row_ids, row, positions, also=None)
             loss = -logprobs.sum() / num_tokens
         else:
             loss = empty_pass(policy, team)

@@ -203,6 +203,8 @@ class RolloutWorker:
             "consumed_groups": progress.consumed_groups if progress else 0,
             "draining": self._draining,
             "oldest_rollout_s": self._oldest_rollout_s(),
+            "oldest_rollout": min(self._running, key=self._running.__getitem__, default=""),
+            "failing": self._last_failure if self._breaker.is_open else "",
         }
 
     def waits(self) -> dict[str, Any]:

@@ -6,7 +6,6 @@ the deadline here ends it, and with it all its runs.
 
 import asyncio
 import contextlib
-import fcntl
 import json
 import logging
 import math
@@ -21,8 +20,9 @@ from typing import Any
 
 from agentrl.errors import SandboxError
 from agentrl.sandbox.fetch import fetch_files
-from agentrl.sandbox.job import MAX_FILES_BYTES, Job, Outcome, Tier
-from agentrl.sandbox.output import CappedOutput
+from agentrl.sandbox.job import MAX_FILES_BYTES, Job, Limits, Outcome, Tier, encode
+from agentrl.sandbox.kernel import Kernel
+from agentrl.sandbox.output import CappedOutput, sealed_memory
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,10 @@ class ForkServerConfig:
     preload: Sequence[str] = ()
     uid_base: int = 0
     """First of the uids that runs get, one per slot; only with root."""
+    readable: Sequence[str] = ()
+    """Directories to show beyond libraries, programs and the interpreter."""
+    cgroup_path: str | None = None
+    """A writable cgroup v2 directory for the runs' own cgroups."""
 
     @property
     def is_root(self) -> bool:
@@ -53,7 +57,10 @@ class ForkServerConfig:
                 "preload": list(self.preload),
                 "uid_base": self.uid_base,
                 "private_uids": self.is_root,
-                "user_namespace": self.tier == "zygote" and not self.is_root,
+                "user_namespace": self.tier != "zygote-landlock" and not self.is_root,
+                "readable": list(self.readable),
+                "cgroup_path": self.cgroup_path,
+                "cgroup": -1,
             }
         )
 
@@ -144,7 +151,7 @@ class ForkServer:
             arguments,
             stdin=subprocess.PIPE,  # closing our end is what kills everything, also when this process is killed
             stdout=subprocess.DEVNULL,
-            env=clean_environment(python, "/work" if self.config.tier == "zygote" else "/"),
+            env=clean_environment(python, "/" if self.config.tier == "zygote-landlock" else "/work"),
             cwd="/",
             pass_fds=(control.fileno(),),
             start_new_session=True,
@@ -208,52 +215,121 @@ class ForkServer:
         self, stack: contextlib.ExitStack, run_id: int, job: Job, slot: int
     ) -> tuple[socket.socket, tuple[CappedOutput, CappedOutput]]:
         """Make the descriptors of a run and hand the child's ends over."""
-        limits = job.limits
         with contextlib.ExitStack() as theirs:
-            job_fd = _sealed_memory(theirs, job.encode())
-            if job.stdin:
-                stdin_fd = _sealed_memory(theirs, job.stdin)
-            else:
-                stdin_fd = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
-                theirs.callback(os.close, stdin_fd)
+            job_fd = sealed_memory(theirs, job.encode())
+            stdin_fd = sealed_memory(theirs, job.stdin) if job.stdin else _null(theirs)
             ready, ready_theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             stack.callback(ready.close)
             theirs.callback(ready_theirs.close)
             writers: list[int] = []
             outputs: list[CappedOutput] = []
             for _ in range(2):
-                reader, writer = os.pipe()
-                theirs.callback(os.close, writer)
-                writers.append(writer)
-                output = CappedOutput(
-                    reader,
-                    keep_bytes=limits.kept_output_bytes,
-                    limit_bytes=limits.killed_output_bytes,
+                output, writer = CappedOutput.pipe(
+                    keep_bytes=job.limits.kept_output_bytes,
+                    limit_bytes=job.limits.killed_output_bytes,
                     on_limit=lambda: self.kill(run_id, "output"),
                 )
+                theirs.callback(os.close, writer)
+                writers.append(writer)
                 stack.callback(output.close)
                 outputs.append(output)
-            request = {
-                "op": "run",
-                "id": run_id,
-                "slot": slot,
-                "language": job.language,
-                "wall_s": limits.wall_s,
-                "cpu_s": math.ceil(limits.wall_s),
-                "memory_bytes": limits.memory_bytes,
-                "tmpfs_bytes": limits.tmpfs_bytes,
-                "inodes": limits.inodes,
-                "file_bytes": limits.file_bytes,
-                "open_files": limits.open_files,
-                "processes": limits.processes,
+            request = _request(run_id, slot, job.limits) | {
+                "command": list(job.command),
+                "source_name": job.source_name,
+                "bound_address_space": job.bound_address_space,
                 "fetch": bool(job.fetch),
+                "session": False,
             }
-            try:
-                self._send(request, [job_fd, stdin_fd, *writers, ready_theirs.fileno()])
-            except SandboxError:
-                del self._pending[run_id]
-                raise
+            self._place(run_id, request, [job_fd, stdin_fd, *writers, ready_theirs.fileno()])
         return ready, (outputs[0], outputs[1])
+
+    async def open_session(self, limits: Limits, slot: int) -> Kernel:
+        """Start a jailed interpreter that runs cells until it is killed.
+
+        Args:
+            limits: of the session as a whole; ``wall_s`` bounds only its start.
+            slot: its uid, as for a run; held until the session's end.
+
+        Raises:
+            SandboxError: the fork server died or could not prepare it.
+        """
+        if self._control is None or self.died.is_set():
+            raise SandboxError("the fork server is not running")
+        self._next_id += 1
+        run_id = self._next_id
+        pending = _Pending(asyncio.get_running_loop().create_future(), slot)
+        self._pending[run_id] = pending
+        with contextlib.ExitStack() as stack:
+            with contextlib.ExitStack() as theirs:
+                null = _null(theirs)
+                job_fd = sealed_memory(theirs, encode("", {}))
+                ready, ready_theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                stack.callback(ready.close)
+                theirs.callback(ready_theirs.close)
+                channel, channel_theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                failed = contextlib.ExitStack()
+                failed.callback(channel.close)
+                stack.push(failed)
+                theirs.callback(channel_theirs.close)
+                request = _request(run_id, slot, limits) | {
+                    "command": [],
+                    "source_name": None,
+                    "bound_address_space": True,
+                    "fetch": False,
+                    "session": True,
+                }
+                self._place(run_id, request, [job_fd, null, null, null, ready_theirs.fileno(), channel_theirs.fileno()])
+            try:
+                directory_fd = await self._session_ready(ready, pending, limits.wall_s)
+            except BaseException:
+                await self._settle(run_id, pending)
+                raise
+            failed.pop_all()
+        return Kernel(self, run_id, channel, directory_fd, pending.done, limits)
+
+    async def _session_ready(self, ready: socket.socket, pending: _Pending, limit_s: float) -> int | None:
+        """Wait until the session is in its jail; its working directory where the tier has one."""
+        loop, readable = asyncio.get_running_loop(), asyncio.Event()
+        ready.setblocking(False)
+        loop.add_reader(ready.fileno(), readable.set)
+        try:
+            async with asyncio.timeout(limit_s):
+                await readable.wait()
+        except TimeoutError as error:
+            raise SandboxError(f"the session was not ready within {limit_s:g} s; the machine is overloaded") from error
+        finally:
+            loop.remove_reader(ready.fileno())
+        try:
+            message, fds, _, _ = socket.recv_fds(ready, 4096, 1)
+        except OSError:
+            message, fds = b"", []
+        if message != b"ready":
+            detail = message.decode("utf-8", "replace") or "it ended before it was ready"
+            raise SandboxError(f"the session could not be isolated: {detail}")
+        return fds[0] if fds else None
+
+    async def end_session(self, run_id: int) -> None:
+        """Kill a session and wait until it is gone, so that its slot is free."""
+        pending = self._pending.get(run_id)
+        if pending is not None:
+            await self._settle(run_id, pending)
+
+    def _place(self, run_id: int, request: dict[str, Any], fds: list[int]) -> None:
+        try:
+            self._send(request, fds)
+        except SandboxError:
+            del self._pending[run_id]
+            raise
+
+    def interrupt(self, run_id: int) -> None:
+        """Send a session SIGINT: its cell raises KeyboardInterrupt."""
+        with contextlib.suppress(SandboxError):
+            self._send({"op": "interrupt", "id": run_id}, [])
+
+    def watch_closely(self, run_id: int, busy: bool) -> None:
+        """Say whether a session runs a cell: its memory is looked at more often then."""
+        with contextlib.suppress(SandboxError):
+            self._send({"op": "busy", "id": run_id, "busy": busy}, [])
 
     def kill(self, run_id: int, reason: str) -> None:
         """Ask for the end of a run; its outcome still arrives."""
@@ -346,13 +422,23 @@ def _check_ready(ready: socket.socket, done: dict[str, Any], stack: contextlib.E
     return fds[0] if fds else None
 
 
-def _sealed_memory(stack: contextlib.ExitStack, data: bytes) -> int:
-    """A memory file that its receiver can read but neither write nor grow."""
-    fd = os.memfd_create("job", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+def _request(run_id: int, slot: int, limits: Limits) -> dict[str, Any]:
+    return {
+        "op": "run",
+        "id": run_id,
+        "slot": slot,
+        "wall_s": limits.wall_s,
+        "cpu_s": math.ceil(limits.cpu_s or limits.wall_s),
+        "memory_bytes": limits.memory_bytes,
+        "tmpfs_bytes": limits.tmpfs_bytes,
+        "inodes": limits.inodes,
+        "file_bytes": limits.file_bytes,
+        "open_files": limits.open_files,
+        "processes": limits.processes,
+    }
+
+
+def _null(stack: contextlib.ExitStack) -> int:
+    fd = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     stack.callback(os.close, fd)
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
-    os.lseek(fd, 0, os.SEEK_SET)
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE)
     return fd

@@ -8,7 +8,7 @@ from typing import Literal
 
 MIB = 1 << 20
 
-Tier = Literal["zygote", "zygote-landlock", "unsafe"]
+Tier = Literal["zygote", "zygote-landlock", "bubblewrap", "nsjail", "unsafe"]
 Reason = Literal["ok", "exit", "signal", "wall", "cpu", "memory", "output"]
 
 MAX_CODE_BYTES = MIB
@@ -34,6 +34,8 @@ class Limits:
     """Per stream: head and tail are kept, the middle is counted."""
     killed_output_bytes: int = MIB
     """Per stream: more than this ends the run."""
+    cpu_s: float = 0.0
+    """Per process; 0 takes the wall time. Of a session: also of all its processes and cells together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,16 +44,29 @@ class Job:
 
     code: str
     limits: Limits
-    language: Literal["python", "bash"] = "python"
+    language: str = "python"
+    command: Sequence[str] = ()
+    """What to execute; without it the code is Python and runs in the fork server's interpreter."""
+    source_name: str | None = None
+    """The file below the working directory that the code is written to first."""
+    bound_address_space: bool = True
     stdin: bytes | None = None
     files: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
+    executables: frozenset[str] = frozenset()
+    """Which of the files may be executed."""
     fetch: Sequence[str] = ()
 
     def encode(self) -> bytes:
         """Length, JSON header, code, file contents: what the child unpacks."""
-        code = self.code.encode("utf-8", "replace")
-        header = json.dumps({"code_size": len(code), "files": [[path, len(data)] for path, data in self.files.items()]}).encode()
-        return b"".join([len(header).to_bytes(4, "little"), header, code, *self.files.values()])
+        return encode(self.code, self.files, self.executables)
+
+
+def encode(code: str, files: Mapping[str, bytes], executables: frozenset[str] = frozenset()) -> bytes:
+    """Code and files as the jail's side unpacks them."""
+    source = code.encode("utf-8", "replace")
+    listed = [[path, len(data), path in executables] for path, data in files.items()]
+    header = json.dumps({"code_size": len(source), "files": listed}).encode()
+    return b"".join([len(header).to_bytes(4, "little"), header, source, *files.values()])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +83,16 @@ class Outcome:
     truncated: bool = False
     files: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
     file_errors: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CellOutcome(Outcome):
+    """How one cell of a session ended. Errors and displays are the session's own account."""
+
+    is_alive: bool
+    """Whether the session takes another cell."""
+    display: Sequence[Mapping[str, str]] = ()
+    error: Sequence[Mapping[str, object]] = ()
 
 
 def check_path(path: str) -> str:

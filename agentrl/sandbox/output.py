@@ -1,14 +1,26 @@
-"""Bounded capture of a pipe on the event loop: head and tail are kept, the rest is counted, nothing blocks the writer."""
+"""What passes between the service and a run: bounded capture of its output, and memory files that it cannot change."""
 
 import asyncio
+import contextlib
+import fcntl
 import os
 from collections.abc import Callable
+from typing import Self
 
 _READ_SIZE = 65536
 
 
 class CappedOutput:
-    """Reads one descriptor until every writer is gone. Owns and closes it."""
+    """Reads one descriptor until every writer is gone: head and tail are kept, the rest is counted, no writer waits.
+
+    Owns and closes it.
+    """
+
+    @classmethod
+    def pipe(cls, *, keep_bytes: int, limit_bytes: int, on_limit: Callable[[], None]) -> tuple[Self, int]:
+        """A new pipe: what reads it, and the writer's end, which the caller closes."""
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        return cls(reader, keep_bytes=keep_bytes, limit_bytes=limit_bytes, on_limit=on_limit), writer
 
     def __init__(self, fd: int, *, keep_bytes: int, limit_bytes: int, on_limit: Callable[[], None]) -> None:
         self._fd = fd
@@ -35,6 +47,14 @@ class CappedOutput:
             os.close(self._fd)
             self._fd = -1
             self._ended.set()
+
+    def drain(self) -> None:
+        """Take what is in the pipe now, without waiting for its end: the writer has said that it is done."""
+        while self._fd >= 0:
+            before = self._total
+            self._read()
+            if self._total == before:
+                return
 
     @property
     def truncated(self) -> bool:
@@ -66,3 +86,15 @@ class CappedOutput:
             del self._tail[: -self._tail_size]
         if was_below and self._total > self._limit:
             self._on_limit()
+
+
+def sealed_memory(stack: contextlib.ExitStack, data: bytes) -> int:
+    """A memory file that its receiver can read but neither write nor grow; closed with the stack."""
+    fd = os.memfd_create("job", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    stack.callback(os.close, fd)
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+    os.lseek(fd, 0, os.SEEK_SET)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE)
+    return fd

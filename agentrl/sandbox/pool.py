@@ -14,26 +14,32 @@ from typing import Any, Literal
 
 from agentrl.errors import SandboxError
 from agentrl.sandbox.fork_server import ForkServer, ForkServerConfig
-from agentrl.sandbox.job import Job, Outcome, Tier
+from agentrl.sandbox.inside import cgroup
+from agentrl.sandbox.job import Job, Limits, Outcome, Tier
+from agentrl.sandbox.kernel import Kernel
+from agentrl.sandbox.languages import directories, installed
 from agentrl.sandbox.self_test import SelfTest, run_self_test
 from agentrl.sandbox.unsafe import UnsafeRunner
 
 log = logging.getLogger(__name__)
 
-TierChoice = Literal["auto", "zygote", "zygote-landlock", "unsafe"]
+TierChoice = Literal["auto", "zygote", "zygote-landlock", "bubblewrap", "nsjail", "unsafe"]
 
 MAX_RESTARTS_PER_MINUTE = 5
 RESPAWN_WAIT_S = 10.0
 # Above the ranges that distributions and container managers hand out; lower where a container maps only 65536 ids.
 _UID_BASE = 1_900_000_000
-_UIDS_PER_SERVICE = 4096
+UIDS_PER_SERVICE = 4096
+_ONE_ROOT = (
+    "read-only root with libraries, programs and the interpreter only; private bounded tmpfs; /proc shows only the run",
+    "no capabilities, no_new_privs, seccomp filter, rlimits, memory watchdog over the whole process tree",
+    "every process of a run dies with it",
+)
 
 GUARANTEES: dict[Tier, tuple[str, ...]] = {
     "zygote": (
         "own user or uid, mount, pid, network, ipc and uts namespaces; a nested pid, mount and ipc namespace per run",
-        "read-only root with libraries and the interpreter only; private bounded tmpfs; /proc shows only the run",
-        "no capabilities, no_new_privs, seccomp filter, rlimits, memory watchdog over the whole process tree",
-        "every process of a run dies with it",
+        *_ONE_ROOT,
     ),
     "zygote-landlock": (
         "Landlock: reads only libraries and the interpreter, writes nothing",
@@ -41,6 +47,8 @@ GUARANTEES: dict[Tier, tuple[str, ...]] = {
         "no capabilities, no_new_privs, rlimits",
         "degraded: no private /proc, pid namespace or writable files; files and bash are refused",
     ),
+    "bubblewrap": ("bubblewrap, per run: own user or uid, mount, pid, network, ipc and uts namespaces", *_ONE_ROOT),
+    "nsjail": ("nsjail, per run: own user or uid, mount, pid, network, ipc and uts namespaces", *_ONE_ROOT),
     "unsafe": ("none: code runs as a plain subprocess of this user",),
 }
 
@@ -66,6 +74,8 @@ class Pool:
     refused: dict[str, str] = field(default_factory=dict[str, str])
     """Tiers that were tried and why they were not taken."""
     restarts: int = 0
+    cgroup_path: str | None = None
+    """Where runs get cgroups of their own; found at the start, None where cgroup v2 is not writable."""
     _servers: list[ForkServer] = field(default_factory=list[ForkServer])
     _unsafe: UnsafeRunner | None = None
     _restart_times: deque[float] = field(default_factory=deque[float])
@@ -98,6 +108,11 @@ class Pool:
         return self._unsafe is not None or any(not server.died.is_set() for server in self._servers)
 
     @property
+    def is_degraded(self) -> bool:
+        """Whether something of the full isolation is missing."""
+        return self.active_tier not in ("zygote", "bubblewrap", "nsjail")
+
+    @property
     def landlock_abi(self) -> int | None:
         return self._servers[0].hello.get("landlock_abi") if self._servers else None
 
@@ -108,8 +123,8 @@ class Pool:
     def unsupported(self, job: Job) -> str | None:
         """Why this tier cannot honour the job, instead of ignoring a part of it."""
         if self.active_tier == "zygote-landlock":
-            if job.language == "bash":
-                return "bash needs processes, which the tier zygote-landlock denies; supported: python"
+            if job.command:
+                return f"{job.language} needs processes, which the tier zygote-landlock denies; supported: python"
             if job.files or job.fetch:
                 return "files and fetch_files need a private file system, which the tier zygote-landlock does not have"
         return None
@@ -125,6 +140,17 @@ class Pool:
             return await self._unsafe.run(job, slot)
         server = await self._alive()
         return await server.run(job, slot)
+
+    async def open_session(self, limits: Limits, slot: int) -> Kernel:
+        """Start a session on the least loaded fork server; it lives and dies with it.
+
+        Raises:
+            SandboxError: the service failed, or runs without isolation, where there are no sessions.
+        """
+        if self._unsafe is not None:
+            raise SandboxError("there are no sessions without isolation (tier unsafe)")
+        server = await self._alive()
+        return await server.open_session(limits, slot)
 
     async def _alive(self) -> ForkServer:
         try:
@@ -169,7 +195,15 @@ class Pool:
         self.active_tier = "unsafe"
 
     async def _start_tier(self, tier: Tier) -> None:
-        config = ForkServerConfig(tier=tier, python=self.python, preload=tuple(self.preload), uid_base=_uid_base())
+        self.cgroup_path = cgroup.find_writable() if tier != "zygote-landlock" else None
+        config = ForkServerConfig(
+            tier=tier,
+            python=self.python,
+            preload=tuple(self.preload),
+            uid_base=_uid_base(),
+            readable=directories(list(installed().values())),
+            cgroup_path=self.cgroup_path,
+        )
         self._servers = [ForkServer(config) for _ in range(self.workers)]
         for server in self._servers:
             await server.start()
@@ -219,7 +253,8 @@ class Pool:
         tier = self.active_tier
         return {
             "tier": tier,
-            "degraded": tier != "zygote",
+            "degraded": self.is_degraded,
+            "limits_by": "cgroup v2, rlimits and a watchdog" if self.cgroup_path else "rlimits and a watchdog",
             "guarantees": list(GUARANTEES[tier]) if tier else [],
             "refused_tiers": self.refused,
             "self_test": {
@@ -236,11 +271,11 @@ class Pool:
 
 def _uid_base() -> int:
     """The first of this service's run uids: unlikely to belong to anyone, and mapped in our own user namespace."""
-    wanted = _UID_BASE + (os.getpid() % 20_000) * _UIDS_PER_SERVICE
+    wanted = _UID_BASE + (os.getpid() % 20_000) * UIDS_PER_SERVICE
     ranges: list[tuple[int, int]] = []
     with contextlib.suppress(OSError, ValueError), open("/proc/self/uid_map") as file:
         ranges = [(int(line.split()[0]), int(line.split()[2])) for line in file]
-    if not ranges or any(first <= wanted and wanted + _UIDS_PER_SERVICE <= first + count for first, count in ranges):
+    if not ranges or any(first <= wanted and wanted + UIDS_PER_SERVICE <= first + count for first, count in ranges):
         return wanted
     first, count = max(ranges, key=lambda item: item[1])
-    return max(first + count - _UIDS_PER_SERVICE - 2, first + 1)
+    return max(first + count - UIDS_PER_SERVICE - 2, first + 1)

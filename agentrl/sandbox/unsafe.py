@@ -83,13 +83,15 @@ class UnsafeRunner:
             target = work / path
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(data)
-        script = work / ("main.py" if job.language == "python" else "main.sh")
-        script.write_text(job.code, encoding="utf-8", errors="replace")
+            if path in job.executables:
+                target.chmod(0o755)
+        script = work / (job.source_name or "main.py")
+        if job.source_name or not job.command:
+            script.write_text(job.code, encoding="utf-8", errors="replace")
         stdin = tempfile.TemporaryFile()  # noqa: SIM115 - the caller's ExitStack closes it
         stdin.write(job.stdin or b"")
         stdin.seek(0)
-        interpreter = [self._python, "-s"] if job.language == "python" else ["/bin/bash"]
-        return [*interpreter, script.name], stdin
+        return list(job.command) or [self._python, "-s", script.name], stdin
 
     def _spawn(self, command: list[str], stdin: Any, writers: list[int], work: Path, job: Job) -> subprocess.Popen[bytes]:
         try:
@@ -105,7 +107,8 @@ class UnsafeRunner:
         except OSError as error:
             raise SandboxError(f"cannot start {command[0]}: {error}") from error
         with contextlib.suppress(OSError, ValueError):
-            resource.prlimit(process.pid, resource.RLIMIT_AS, (job.limits.memory_bytes, job.limits.memory_bytes))
+            if job.bound_address_space:
+                resource.prlimit(process.pid, resource.RLIMIT_AS, (job.limits.memory_bytes, job.limits.memory_bytes))
         return process
 
     async def _wait(self, killer: "_Killer", outputs: list[CappedOutput], wall_s: float) -> resource.struct_rusage:

@@ -32,6 +32,7 @@ from agentrl.serving.embedded.http import create_app
 logger = logging.getLogger(__name__)
 
 SHUTDOWN_GRACE_S = 2
+API_KEY_VARIABLE = "AGENTRL_ENGINE_API_KEY"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -47,7 +48,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-blocks", default=512, type=int, help="cache blocks")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--dtype", default="float32", choices=sorted(_DTYPES))
-    parser.add_argument("--api-key", default=None, help="bearer token that every route but health and metrics wants")
+    parser.add_argument(
+        "--api-key",
+        default=os.environ.get(API_KEY_VARIABLE),
+        help=f"bearer token that every route but health and metrics wants; better given as {API_KEY_VARIABLE}, which `ps` does not show",
+    )
     parser.add_argument("--seed", default=None, type=int, help="of the sampler")
     parser.add_argument("--parent-pid", default=None, type=int, help="exit when this process is gone")
     parser.add_argument("--incremental-streaming-output", action="store_true", help="stream deltas, not everything so far")

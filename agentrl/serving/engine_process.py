@@ -32,6 +32,8 @@ from agentrl.serving.sglang_client import SGLangClient
 
 log = logging.getLogger(__name__)
 
+ENGINE_API_KEY_VARIABLE = "AGENTRL_ENGINE_API_KEY"
+"""Read by ``agentrl.serving.embedded_engine``, which this module must not import (torch)."""
 _POLL_S = 0.1
 _PROBE_TIMEOUT_S = 5.0
 _FIRST_HEALTH_TIMEOUT_S = 60.0
@@ -109,13 +111,13 @@ class EmbeddedEngineSpec:
             "--device": self.device,
             "--dtype": self.dtype,
             "--max-running-requests": self.max_running_requests,
-            "--api-key": self.api_key,
         }
         given = [part for name, value in options.items() if value is not None for part in (name, str(value))]
         return [self.python, "-m", "agentrl.serving.embedded_engine", *given, "--incremental-streaming-output", *self.extra_args]
 
     def environment(self) -> Mapping[str, str]:
-        return self.env
+        # Not on the command line, which every user of the machine can read.
+        return self.env if self.api_key is None else {ENGINE_API_KEY_VARIABLE: self.api_key, **self.env}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@
     consumer.py     read, assemble groups, COMMIT behind a checkpoint, fenced by the run epoch
     policy.py       the policy record and the progress that admission reads
     ledger.py       how every rollout ended; the sums must close
+    dead_letters.py entries that could not be trained: list, replay, drop
     fingerprint.py  serve and learn agree on model, tokenizer, template, tools and limits
 
 `docs/stream.md` draws the life of an entry and says what happens when any process dies.

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import redis
 
+from agentrl.stream import scripts
 from agentrl.stream.connection import retry
 from agentrl.stream.keys import Keys
 
@@ -86,22 +87,47 @@ class Ledger:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Books:
+    """The ledger and the ids behind it, as of one instant."""
+
+    ledger: Ledger
+    on_stream: tuple[str, ...]
+    """Ids of every entry on the stream, closes included, in stream order."""
+    known: frozenset[str]
+    """Ids that were ever put and are still remembered."""
+
+
 def read_ledger(client: redis.Redis, keys: Keys, *, patience_s: float | None = 30.0) -> Ledger:
     """The ledger of a run, while it runs or after; needs the server.
 
     Raises:
         StreamError: the server stayed away.
     """
+    return _ledger(_snapshot(client, keys, with_ids=False, patience_s=patience_s))
 
-    def once() -> list[Any]:
-        with client.pipeline(transaction=True) as pipe:
-            pipe.hgetall(keys.stats)
-            pipe.xlen(keys.traj)
-            pipe.hlen(keys.open)
-            return pipe.execute()
 
-    answers = retry(once, "reading the ledger", patience_s=patience_s)
-    raw = cast("dict[bytes, bytes]", answers[0])
+def read_books(client: redis.Redis, keys: Keys, *, patience_s: float | None = 30.0) -> Books:
+    """The ledger with every id: for audits. Costs the server a walk over the stream and the remembered ids.
+
+    Raises:
+        StreamError: the server stayed away.
+    """
+    answers = _snapshot(client, keys, with_ids=True, patience_s=patience_s)
+    on_stream, known = (tuple(i.decode(errors="replace") for i in cast("list[bytes]", ids)) for ids in answers[3:5])
+    return Books(ledger=_ledger(answers), on_stream=on_stream, known=frozenset(known))
+
+
+def _snapshot(client: redis.Redis, keys: Keys, *, with_ids: bool, patience_s: float | None) -> list[Any]:
+    script = client.register_script(scripts.SNAPSHOT)
+    names = [keys.traj, keys.dedupe, keys.stats, keys.open]
+    answer = retry(lambda: script(keys=names, args=[int(with_ids)]), "reading the ledger", patience_s=patience_s)
+    return cast("list[Any]", answer)
+
+
+def _ledger(answers: list[Any]) -> Ledger:
+    flat = cast("list[bytes]", answers[0])
+    raw = dict(zip(flat[::2], flat[1::2], strict=True))
     stats = {name.decode(): int(value) for name, value in raw.items() if name != b"full_why"}
 
     def count(name: str) -> int:

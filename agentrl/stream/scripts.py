@@ -150,7 +150,7 @@ for i = 3, #ARGV, 7 do
   end
   redis.call('XACK', KEYS[2], 'learner', entry)
   if redis.call('XDEL', KEYS[2], entry) == 1 then
-    redis.call('HINCRBY', KEYS[3], 'bytes', -tonumber(ARGV[i + 3]))
+    if kind ~= 'foreign' then redis.call('HINCRBY', KEYS[3], 'bytes', -tonumber(ARGV[i + 3])) end
     if ARGV[i + 4] == '1' then redis.call('DEL', ARGV[2] .. id) end
     if kind == 'c' then redis.call('HINCRBY', KEYS[3], 'committed_groups', 1) end
     if outcome ~= '' then redis.call('HINCRBY', KEYS[3], 'outcome:' .. outcome, 1) end
@@ -219,3 +219,50 @@ end
 return stored
 """
 )
+
+REPLAY: Final = (
+    _ALLOW_OOM
+    + """
+-- KEYS traj dedupe stats dead | ARGV now close_id group close_payload (dead_id old_id new_id payload)..
+for i = 5, #ARGV, 4 do
+  if not redis.call('XRANGE', KEYS[4], ARGV[i], ARGV[i])[1] then return {'GONE', ARGV[i]} end
+  if not redis.call('ZSCORE', KEYS[2], ARGV[i + 1]) then return {'FOREIGN', ARGV[i + 1]} end
+end
+local bytes, count = #ARGV[4], 0
+for i = 5, #ARGV, 4 do
+  local id, payload = ARGV[i + 2], ARGV[i + 3]
+  redis.call('XADD', KEYS[1], '*', 't', id, 'g', ARGV[3], 'k', 't', 'n', #payload, 'b', payload)
+  redis.call('ZADD', KEYS[2], ARGV[1], id)
+  redis.call('XDEL', KEYS[4], ARGV[i])
+  bytes, count = bytes + #payload, count + 1
+end
+redis.call('XADD', KEYS[1], '*', 't', ARGV[2], 'g', ARGV[3], 'k', 'c', 'n', #ARGV[4], 'b', ARGV[4])
+redis.call('ZADD', KEYS[2], ARGV[1], ARGV[2])
+-- They were counted as failed once; they wait again, so that column gives them back and the sums stay closed.
+redis.call('HINCRBY', KEYS[3], 'outcome:failed:dead_letter', -count)
+redis.call('HINCRBY', KEYS[3], 'bytes', bytes)
+redis.call('HINCRBY', KEYS[3], 'closed_groups', 1)
+redis.call('HINCRBY', KEYS[3], 'replayed', count)
+return {'OK', tostring(count)}
+"""
+)
+
+SNAPSHOT: Final = """
+-- KEYS traj dedupe stats open | ARGV with_ids ; one instant of the books, without payloads
+local on_stream, known = {}, {}
+if ARGV[1] == '1' then
+  local after = '-'
+  while true do
+    local page = redis.call('XRANGE', KEYS[1], after, '+', 'COUNT', 128)
+    if #page == 0 then break end
+    for _, entry in ipairs(page) do
+      for f = 1, #entry[2], 2 do
+        if entry[2][f] == 't' then on_stream[#on_stream + 1] = entry[2][f + 1] end
+      end
+      after = '(' .. entry[1]
+    end
+  end
+  known = redis.call('ZRANGE', KEYS[2], 0, -1)
+end
+return {redis.call('HGETALL', KEYS[3]), redis.call('XLEN', KEYS[1]), redis.call('HLEN', KEYS[4]), on_stream, known}
+"""

@@ -15,6 +15,22 @@ from typing import Any, Self
 from aiohttp import web
 
 RunResult = dict[str, Any]
+_REPLAY = """
+import ast, contextlib, io
+names = {{"__name__": "__main__"}}
+def run(code):
+    body = ast.parse(code).body
+    last = body.pop() if body and isinstance(body[-1], ast.Expr) else None
+    exec(compile(ast.Module(body, []), "cell", "exec"), names)
+    if last is not None:
+        value = eval(compile(ast.Expression(last.value), "cell", "eval"), names)
+        if value is not None:
+            print(repr(value))
+for cell in {cells!r}:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Exception):
+        run(cell)
+run({cell!r})
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,12 +51,17 @@ class FakeSandbox:
     def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []
         self.faults: deque[Fault] = deque()
+        self.sessions: dict[str, list[str]] = {}
+        """The cells of every open session; each cell runs after a silent replay of those before it."""
         self.url = ""
         self._runner: web.AppRunner | None = None
 
     async def __aenter__(self) -> Self:
         app = web.Application()
         app.router.add_post("/run_code", self._run_code)
+        app.router.add_post("/sessions", self._open_session)
+        app.router.add_post("/sessions/{id}/run", self._run_cell)
+        app.router.add_delete("/sessions/{id}", self._delete_session)
         app.router.add_get("/v1/ping", self._ping)
         app.router.add_get("/health", self._health)
         self._runner = web.AppRunner(app, shutdown_timeout=1.0)
@@ -60,6 +81,30 @@ class FakeSandbox:
 
     async def _health(self, request: web.Request) -> web.Response:
         return web.json_response({"ok": True, "tier": "unsafe", "degraded": True})
+
+    async def _open_session(self, request: web.Request) -> web.Response:
+        session = f"fake-{len(self.requests)}-{len(self.sessions)}"
+        self.sessions[session] = []
+        return web.json_response({"session_id": session, "idle_ttl": 300.0, "ttl": 3600.0, "tier": "unsafe"})
+
+    async def _delete_session(self, request: web.Request) -> web.Response:
+        found = self.sessions.pop(request.match_info["id"], None) is not None
+        return web.json_response({"deleted": found}, status=200 if found else 410)
+
+    async def _run_cell(self, request: web.Request) -> web.Response:
+        session, body = request.match_info["id"], await request.json()
+        self.requests.append(body)
+        if session not in self.sessions:
+            return web.json_response({"detail": "gone", "reason": "deleted"}, status=410)
+        result = await _run(_REPLAY.format(cells=self.sessions[session], cell=body["code"]), None, float(body.get("timeout", 10)))
+        alive = result["status"] != "TimeLimitExceeded"
+        if alive:
+            self.sessions[session].append(body["code"])
+        else:
+            del self.sessions[session]
+        status = "Success" if result["return_code"] == 0 else "Failed"
+        answer = {"status": status, "message": "", "run_result": result, "session_id": session, "session_alive": alive}
+        return web.json_response(answer)
 
     async def _run_code(self, request: web.Request) -> web.StreamResponse:
         body: dict[str, Any] = await request.json()

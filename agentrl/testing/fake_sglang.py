@@ -16,7 +16,7 @@ import asyncio
 import hashlib
 import os
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,6 +91,7 @@ class FakeSGLang:
         reports_spans: whether the finished chunk has ``weight_versions``.
         port: 0 takes a free one at the first start.
         check_path: refuse updates from a directory that does not exist, as SGLang does.
+        sampler: the token after a context; must be a pure function of it.
     """
 
     def __init__(
@@ -105,7 +106,9 @@ class FakeSGLang:
         reports_spans: bool = True,
         check_path: bool = True,
         port: int = 0,
+        sampler: Callable[[Sequence[int]], int] = next_token,
     ) -> None:
+        self._sampler = sampler
         self.base_label = label
         self.label = label
         self.token_latency_s = token_latency_s
@@ -203,6 +206,10 @@ class FakeSGLang:
         """Refuse the next weight updates."""
         body = orjson.dumps({"success": False, "message": "scripted"}).decode()
         self._failed_updates.extend(_Failure(status, body) for _ in range(times))
+
+    def heal_updates(self) -> None:
+        """Forget the scripted refusals that are left."""
+        self._failed_updates.clear()
 
     def stall(self, *, stalled: bool = True) -> None:
         """Accept generations and never answer; other calls work."""
@@ -333,7 +340,7 @@ class FakeSGLang:
                 live.num_retractions = 1
             await self._resumed.wait()
         while live.finish is None:
-            token = next_token(live.context)
+            token = self._sampler(live.context)
             live.context.append(token)
             live.ids.append(token)
             live.labels.append(self.label)

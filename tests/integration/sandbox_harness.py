@@ -4,7 +4,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from agentrl.process import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _SERVE = "import json, sys; from agentrl.sandbox.app import serve; serve(**json.loads(sys.argv[1]))"
@@ -68,16 +69,10 @@ def _answer(status: int, headers: dict[str, str], raw: bytes) -> Answer:
     return Answer(status=status, headers={name.lower(): value for name, value in headers.items()}, body=body)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @contextmanager
 def running_service(*, command_prefix: list[str] | None = None, **options: Any) -> Generator[Service, None, None]:
     """Start the service, wait until it is healthy, and end it with SIGTERM."""
-    secret, port = secrets.token_hex(16), free_port()
+    secret, port = secrets.token_hex(16), free_port("127.0.0.1")
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "API_KEY": secret}
     arguments = json.dumps({"host": "127.0.0.1", "port": port} | options)
     process = subprocess.Popen(

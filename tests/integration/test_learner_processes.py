@@ -31,9 +31,12 @@ from agentrl.learner.batching import BatchBuilder
 from agentrl.learner.checkpoint import Checkpoints
 from agentrl.learner.distributed import start_team, stop_team
 from agentrl.learner.loop import run_learning
+from agentrl.learner.lora import LoraSettings
+from agentrl.learner.optim import OptimizerSettings
+from agentrl.learner.settings import CriticSettings, KLSettings, LossSettings
 from agentrl.learner.weight_publisher import WeightPublisher
 
-model_dir, run_dir, num_steps, stage, nth = sys.argv[1:6]
+model_dir, run_dir, num_steps, stage, nth, everything = sys.argv[1:7]
 seen = 0
 def on_stage(name):
     global seen
@@ -45,7 +48,15 @@ def on_step(metrics):
     with open(Path(run_dir) / "metrics.jsonl", "a") as f:
         f.write(json.dumps(metrics) + "\\n")
 source = MemorySource([random_group(g, size=2) for g in range(int(num_steps) * 2)]) if team.is_main else None
-learner = make_learner(Path(model_dir), team, lr=1e-3, micro_batch_tokens=40)
+options = {}
+if everything == "everything":
+    # A critic, adapters whose absence is the reference, a steered KL, recomputed anchors; rows too few for two ranks.
+    loss = LossSettings(
+        advantage="gae", old_logprobs="recompute", is_level="token", is_batch_normalize=True,
+        kl=KLSettings(coef=0.1, place="reward", controller="adaptive", target=1e-4, horizon=10), num_minibatches=2,
+    )
+    options = {"loss": loss, "lora": LoraSettings(rank=4), "critic": CriticSettings(optimizer=OptimizerSettings(lr=1e-2))}
+learner = make_learner(Path(model_dir), team, lr=1e-3, micro_batch_tokens=100 if options else 40, **options)
 run_learning(
     source, BatchBuilder(groups_per_step=2, max_staleness=100), learner,
     Checkpoints(Path(run_dir) / "checkpoints", on_stage=on_stage), WeightPublisher(Path(run_dir) / "weights"),
@@ -61,7 +72,14 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def learn(
-    model_dir: Path, run_dir: Path, *, num_steps: int, stage: str = "-", nth: int = 0, ranks: int = 1
+    model_dir: Path,
+    run_dir: Path,
+    *,
+    num_steps: int,
+    stage: str = "-",
+    nth: int = 0,
+    ranks: int = 1,
+    everything: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     run_dir.mkdir(exist_ok=True)
     script = run_dir / "learn.py"
@@ -70,6 +88,7 @@ def learn(
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command = [*launcher, str(script), str(model_dir), str(run_dir), str(num_steps), stage, str(nth)]
+    command.append("everything" if everything else "plain")
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=110, check=False)
 
 
@@ -119,3 +138,24 @@ def test_two_ranks_learn_what_one_learns_and_one_can_continue_their_checkpoint(m
     for name, value in weights_one.items():
         assert (value - weights_two[name]).abs().max() < 1e-4, name
     assert sorted(trained_ids(one)) == sorted(trained_ids(two))
+
+
+def test_two_ranks_agree_with_one_on_critic_adapters_and_steered_kl_though_one_of_them_has_no_work(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    done = learn(model_dir, one, num_steps=3, everything=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    done = learn(model_dir, two, num_steps=2, ranks=2, everything=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    done = learn(model_dir, two, num_steps=3, everything=True)  # on one rank, from the two ranks' checkpoint
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected, found = metrics_by_step(one), metrics_by_step(two)
+    names = (
+        "actor/pg_loss", "actor/grad_norm", "actor/kl_coef", "actor/reward_kl_penalty", "critic/vf_loss", "critic/grad_norm",
+        "critic/values/mean", "rollout_corr/rollout_is_mean",
+    )  # fmt: skip
+    for step in (1, 2, 3):
+        for name in names:
+            assert found[step][name] == pytest.approx(expected[step][name], abs=2e-5, rel=1e-4), (step, name)
+    assert expected[2]["actor/kl_coef"] != expected[3]["actor/kl_coef"]

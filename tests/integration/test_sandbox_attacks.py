@@ -7,6 +7,7 @@ attack says is never the only evidence.
 import base64
 import concurrent.futures
 import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -21,6 +22,7 @@ import pytest
 from sandbox_harness import REPOSITORY, UNPRIVILEGED_UID, Service, running_service, with_readable_interpreter
 
 MEMORY_MB = 192
+TIERS = ("zygote", "zygote-landlock", "bubblewrap", "nsjail")
 
 PRELUDE = """
 import ctypes, errno, os, signal, socket, struct, subprocess, sys, time
@@ -58,7 +60,7 @@ class Target:
 
     @property
     def has_namespaces(self) -> bool:
-        return self.tier == "zygote"
+        return self.tier != "zygote-landlock"
 
     def attack(self, code: str, **fields: Any) -> dict[str, Any]:
         names = {
@@ -72,7 +74,8 @@ class Target:
             "REPOSITORY": str(REPOSITORY),
         }
         assignments = "".join(f"{name} = {value!r}\n" for name, value in names.items())
-        fields.setdefault("run_timeout", 5)
+        # A launcher's own start, and on a busy machine that is long, counts as run time.
+        fields["run_timeout"] = fields.get("run_timeout", 5) + (0.7 if self.tier in ("bubblewrap", "nsjail") else 0.0)
         response = self.service.run(PRELUDE + assignments + code + "\nprint('END')", **fields)
         self.check_damage(response)
         return response
@@ -143,7 +146,7 @@ def _canaries(directory: Path) -> Generator[tuple[subprocess.Popen[bytes], dict[
         yield process, sockets, secret, abstract
 
 
-@pytest.fixture(scope="module", params=["zygote/root", "zygote/user", "zygote-landlock/root", "zygote-landlock/user"])
+@pytest.fixture(scope="module", params=[f"{tier}/{who}" for tier in TIERS for who in ("root", "user")])
 def target(request: pytest.FixtureRequest) -> Generator[Target, None, None]:
     tier, _, who = request.param.partition("/")
     prefix: list[str] | None = None
@@ -440,10 +443,10 @@ for _ in range(30):
         sys.exit()
 time.sleep(30)
 """
-    response = target.attack(code, run_timeout=3)
+    response = target.attack(code, run_timeout=12)
     if target.has_namespaces:
         assert response["run_result"]["reason"] == "memory"
-        assert response["run_result"]["execution_time"] < 2.5
+        assert response["run_result"]["execution_time"] < 8
         assert f"{MEMORY_MB} MiB" in response["message"]
     else:
         assert "denied" in response["run_result"]["stdout"]
@@ -664,3 +667,179 @@ def test_a_run_has_no_privilege_by_the_kernels_own_account(target: Target) -> No
     assert (status["NoNewPrivs"], status["Seccomp"], status["Pid"], status["Groups"].strip()) == ("1", "2", "1", "")
     assert "0" not in status["Uid"].split()
     assert "0" not in status["Gid"].split()
+
+
+def _post(target: Target, path: str, **fields: Any) -> dict[str, Any]:
+    answer = target.service.request(path, json.dumps(fields).encode())
+    assert answer.status == 200, answer
+    return answer.body
+
+
+def _cell(target: Target, session: str, code: str) -> str:
+    """A cell's output, with the canaries looked at afterwards as after a run."""
+    response = _post(target, f"/sessions/{session}/run", code=code)
+    target.check_damage(response)
+    return response["run_result"]["stdout"]
+
+
+def test_sessions_do_not_reach_each_other_or_the_host(target: Target) -> None:
+    one, two = (_post(target, "/sessions")["session_id"] for _ in range(2))
+    _cell(target, one, "secret = 'of one'\nimport builtins, os\nbuiltins.leak = 1\nos.environ['LEAK'] = '1'")
+    code = f"""
+import builtins, os
+try:
+    pids = [name for name in os.listdir("/proc") if name.isdecimal()]
+except OSError:
+    pids = []
+print(len(pids))
+print("secret" in globals(), hasattr(builtins, "leak"), "LEAK" in os.environ)
+try:
+    print("REACHED", open({str(target.directory / "secret.txt")!r}).read())
+except OSError as error:
+    print("denied", error)
+"""
+    lines = _cell(target, two, code).splitlines()
+    assert int(lines[0]) <= 1
+    assert lines[1] == "False False False"
+    assert lines[2].startswith("denied")
+
+
+def test_a_session_cannot_answer_for_another(target: Target) -> None:
+    one, two = (_post(target, "/sessions")["session_id"] for _ in range(2))
+    code = """
+import json, os, socket
+for fd in range(3, 64):
+    for n in range(1, 9):
+        for message in ({"n": n, "code": 0}, {"op": "done", "id": n, "code": 0, "reason": "ok", "wall_s": 0, "cpu_s": 0}):
+            try:
+                socket.socket(fileno=os.dup(fd)).send(json.dumps(message).encode())
+            except OSError:
+                pass
+raise SystemExit(7)
+"""
+    target.service.request(f"/sessions/{one}/run", json.dumps({"code": code}).encode())
+    assert _cell(target, two, "print(6 * 7)") == "42\n"
+    assert target.service.stdout("print('fine')") == "fine\n"
+
+
+def test_a_session_that_will_not_stop_is_killed_with_everything_in_it(target: Target) -> None:
+    before = target.processes()
+    session = _post(target, "/sessions")["session_id"]
+    code = """
+import os, signal, time
+signal.signal(2, signal.SIG_IGN)
+try:
+    if os.fork() == 0:
+        os.setsid()
+except OSError:
+    pass
+while True:
+    time.sleep(1)
+"""
+    answer = target.service.request(f"/sessions/{session}/run", json.dumps({"code": code, "timeout": 0.3}).encode())
+    assert answer.body["session_alive"] is False
+    assert target.wait_for_processes(before) == set()
+
+
+def test_a_notebook_reaches_nothing_either(target: Target) -> None:
+    secret = str(target.directory / "secret.txt")
+    cells = [
+        f"open({secret!r}).read()",
+        "import socket\nsocket.socket()",
+        f"import os\nos.kill({target.process.pid}, 9)",
+        "dict(os.environ)",
+    ]
+    body = _post(target, "/run_jupyter", cells=cells)
+    assert [len(cell["error"]) for cell in body["cells"]] == [1, 1, 1, 0]
+    assert target.service.secret not in json.dumps(body)
+    assert target.secret not in json.dumps(body)
+    assert target.process.poll() is None
+
+
+def test_sub_interpreters_are_in_the_same_jail(target: Target) -> None:
+    code = """
+try:
+    import _xxsubinterpreters as interpreters
+except ImportError:
+    import _interpreters as interpreters
+inner = interpreters.create()
+program = '''
+import os
+for attack in (lambda: open(FILE).read(), lambda: os.kill(PID, 9), lambda: os.listdir(DIRECTORY)):
+    try:
+        print("REACHED", attack(), flush=True)
+    except OSError as error:
+        print("denied", error, flush=True)
+'''
+interpreters.run_string(inner, f"FILE, PID, DIRECTORY = {FILE!r}, {CANARY_PID}, {DIRECTORY!r}" + program)
+"""
+    assert target.denied(code).count("denied") == 3
+
+
+def test_damage_to_the_interpreter_stays_in_its_run(target: Target) -> None:
+    code = """
+import types
+for name, module in list(sys.modules.items()):
+    if isinstance(module, types.ModuleType) and name not in ("sys", "builtins", "__main__", "posix", "types"):
+        for attribute in list(vars(module)):
+            try:
+                delattr(module, attribute)
+            except Exception:
+                pass
+ctypes = __import__("_ctypes")
+__import__("posix")._exit(3)
+"""
+    response = target.attack(code)
+    assert response["run_result"]["return_code"] == 3
+    assert target.service.stdout("import json, os; print(json.dumps([1]), os.getpid() > 0)") == "[1] True\n"
+
+
+def test_slow_binary_and_endless_lines_are_bounded(target: Target) -> None:
+    slow = target.attack("for _ in range(10_000): os.write(1, b'\\xff\\x00'); time.sleep(0.01)", run_timeout=0.6)
+    assert slow["run_result"]["status"] == "TimeLimitExceeded"
+    assert slow["run_result"]["stdout"].startswith("\ufffd\0")
+    wide = target.attack("os.write(2, b'\\x80' * 900_000)")
+    assert wide["run_result"]["truncated"] is True
+    assert len(wide["run_result"]["stderr"]) < 70_000
+
+
+def test_names_from_outside_cannot_leave_the_working_directory(target: Target) -> None:
+    for name in ("../x", "/etc/x", "a/../../x", "/work/../x", "x\0y", ".", "a" * 2000):
+        for fields in ({"files": {name: ""}}, {"fetch_files": [name]}):
+            answer = target.service.request("/run_code", json.dumps({"code": "pass", **fields}).encode())
+            assert answer.status == 400, (name, answer)
+
+
+def test_exhausted_descriptors_and_recursion_end_only_the_run(target: Target) -> None:
+    code = """
+fds = []
+try:
+    while True:
+        fds.append(os.open("/dev/null", os.O_RDONLY))
+except OSError as error:
+    for fd in fds:
+        os.close(fd)
+    print("denied FDS", len(fds), error, flush=True)
+sys.setrecursionlimit(10**9)
+def deep(n):
+    return deep(n + 1) + 1
+deep(0)
+"""
+    result = target.attack(code)["run_result"]
+    assert int(result["stdout"].split("FDS ")[1].split()[0]) <= 64
+    assert result["status"] == "TimeLimitExceeded" or result["return_code"] != 0
+    assert target.service.stdout("print('alive')") == "alive\n"
+
+
+def test_a_program_beside_python_is_in_the_same_jail(target: Target) -> None:
+    port = target.sockets["tcp"].getsockname()[1]
+    code = (
+        f"cat {target.directory}/secret.txt /etc/passwd\nid -u\nkill -9 {target.process.pid}\nexec 3<>/dev/tcp/127.0.0.1/{port}"
+    )
+    answer = target.service.request("/run_code", json.dumps({"code": code, "language": "bash"}).encode())
+    if not target.has_namespaces:
+        assert answer.status == 400
+        return
+    target.check_damage(answer.body)
+    assert answer.body["run_result"]["stdout"].strip() not in ("", "0")
+    assert "root:" not in answer.body["run_result"]["stdout"]

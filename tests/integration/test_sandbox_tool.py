@@ -9,7 +9,7 @@ from sandbox_harness import Service, running_service
 
 from agentrl.errors import SandboxError
 from agentrl.protocols import ToolContext
-from agentrl.testing.fake_sandbox import FakeSandbox
+from agentrl.testing.fake_sandbox import FakeSandbox, Fault
 from tools.code_interpreter import CodeInterpreter
 
 
@@ -69,3 +69,67 @@ async def test_a_token_opens_the_service_and_its_absence_is_infrastructure() -> 
             await outside.call(code="1")
         await inside.close()
         await outside.close()
+
+
+@pytest_asyncio.fixture(params=["service", "fake"])
+async def kept(request: pytest.FixtureRequest, service: Service) -> AsyncGenerator[CodeInterpreter, None]:
+    async with FakeSandbox() as fake:
+        url = service.url if request.param == "service" else fake.url
+        made = CodeInterpreter(url=url, default_timeout=1.5, memory_limit_mb=128, mode="session")
+        await made.open(ToolContext(trajectory_id="t", task_id="k", sample_index=0))
+        yield made
+        await made.close()
+
+
+@pytest.mark.asyncio
+async def test_in_session_mode_variables_live_from_call_to_call(kept: CodeInterpreter) -> None:
+    assert "printed nothing" in await kept.call(code="x = 20")
+    assert await kept.call(code="```python\nprint('now')\nx += 2\nx\n```") == "now\n22"
+    assert (await kept.call(code="1 / 0")).endswith("ZeroDivisionError: division by zero")
+    assert await kept.call(code="x") == "22"
+
+
+@pytest.mark.asyncio
+async def test_a_session_that_had_to_be_killed_is_replaced_and_the_model_is_told(service: Service) -> None:
+    made = CodeInterpreter(url=service.url, default_timeout=0.4, mode="session")
+    assert await made.call(code="y = 1\ny") == "1"
+    stuck = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nwhile True: pass"
+    assert "variables and files of earlier calls are gone" in await made.call(code=stuck)
+    assert (await made.call(code="y")).endswith("NameError: name 'y' is not defined")
+    await made.close()
+
+
+@pytest.mark.asyncio
+async def test_a_session_ends_with_its_trajectory(service: Service) -> None:
+    before = service.request("/health").body["sessions"]
+    made = CodeInterpreter(url=service.url, mode="session")
+    await made.call(code="z = 1")
+    assert service.request("/health").body["sessions"] == before + 1
+    await made.close()
+    assert service.request("/health").body["sessions"] == before
+
+
+@pytest.mark.asyncio
+async def test_a_hedged_call_takes_the_first_answer() -> None:
+    async with FakeSandbox() as fake:
+        fake.faults.append(Fault(delay_s=20))
+        made = CodeInterpreter(url=fake.url, hedge_after_s=0.2)
+        async with asyncio.timeout(5):
+            assert await made.call(code="6 * 7") == "42"
+        assert len(fake.requests) == 2
+        await made.close()
+
+
+@pytest.mark.asyncio
+async def test_the_clients_of_sandbox_fusion_work_unchanged(service: Service) -> None:
+    fusion = pytest.importorskip("sandbox_fusion", reason="the package sandbox-fusion is not installed")
+
+    def use() -> None:
+        ran = fusion.run_code(fusion.RunCodeRequest(code="print(6 * 7)", language="python"), endpoint=service.url)
+        assert (ran.status, ran.run_result.stdout) == (fusion.RunStatus.Success, "42\n")
+        failed = fusion.run_code(fusion.RunCodeRequest(code="1 / 0", language="python"), endpoint=service.url)
+        assert fusion.summary_run_code_result(failed, fusion.SummaryMapping(RunFailed="wrong")) == "wrong"
+        cells = fusion.run_jupyter(fusion.RunJupyterRequest(cells=["a = 1", "a"]), endpoint=service.url)
+        assert cells.cells[1].display == [{"text/plain": "1"}]
+
+    await asyncio.to_thread(use)

@@ -6,6 +6,7 @@ output is read by the service, and the channel that says "ready" is closed befor
 
 import atexit
 import builtins
+import contextlib
 import io
 import json
 import linecache
@@ -20,7 +21,7 @@ import traceback
 import types
 from typing import Any, NoReturn
 
-from . import jail, landlock, linux, seccomp
+from . import cgroup, jail, kernel, landlock, launchers, linux, seccomp
 
 SOURCE_NAME = "main.py"
 SETUP_FAILED = 120
@@ -36,18 +37,25 @@ def run(request: dict[str, Any], fds: list[int], config: dict[str, Any], ruleset
     except BaseException as error:  # noqa: BLE001 - the edge of this process: report and leave
         _report(ready_fd, f"error:{type(error).__name__}: {error}")
         os._exit(SETUP_FAILED)
-    if request["language"] == "bash":
-        _run_bash()
-    _run_python(source, search_path=[jail.WORK] if ruleset is None else [])
+    if request["command"]:
+        _run_command(request["command"])
+    search_path = [jail.WORK] if ruleset is None else []
+    if request["session"]:
+        main = _fresh_main(search_path)
+        kernel.serve(fds[5], main.__dict__, unpack=unpack_files)
+    _run_python(source, search_path=search_path)
 
 
 def _enter(request: dict[str, Any], fds: list[int], config: dict[str, Any], ruleset: int | None) -> bytes:
-    job_fd, stdin_fd, stdout_fd, stderr_fd, ready_fd = fds
+    job_fd, stdin_fd, stdout_fd, stderr_fd, ready_fd, *kept = fds
+    if request["cgroup"]:
+        cgroup.join(config["cgroup"], request["cgroup"])
     os.dup2(stdin_fd, 0)
     os.dup2(stdout_fd, 1)
     os.dup2(stderr_fd, 2)
-    jail.close_all_but((job_fd, ready_fd) if ruleset is None else (job_fd, ready_fd, ruleset))
-    os.setsid()
+    jail.close_all_but([job_fd, ready_fd, *kept, *([] if ruleset is None else [ruleset])])
+    with contextlib.suppress(PermissionError):  # already the leader where a launcher made the session
+        os.setsid()
     uid, gid = _identity(request, config)
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")
@@ -63,18 +71,20 @@ def _enter(request: dict[str, Any], fds: list[int], config: dict[str, Any], rule
     else:
         os.chdir("/")
     jail.drop_to(uid, gid)
+    if config["tier"] in launchers.NAMES:
+        linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)  # the launcher's own was lost with the change of uid
     if not os.access(os.__file__, os.R_OK):
         raise OSError(
             f"uid {os.getuid()} cannot read the interpreter's library {os.__file__}: make its directories world-readable"
         )
-    source = _unpack(job_fd, request["language"], may_write=ruleset is None)
+    source = unpack_files(job_fd, source_name=request["source_name"] if ruleset is None else None)
     _set_limits(request, in_namespace=ruleset is None, private_uid=config["private_uids"])
     if ruleset is not None:
         landlock.restrict_self(ruleset)
         os.close(ruleset)
     os.close(job_fd)
     seccomp.install(seccomp.build_filter(own_pid=None if ruleset is None else os.getpid()))
-    _report(ready_fd, "ready", *([work_fd] if request["fetch"] and work_fd is not None else []))
+    _report(ready_fd, "ready", *([work_fd] if (request["fetch"] or request["session"]) and work_fd is not None else []))
     if work_fd is not None:
         os.close(work_fd)
     os.close(ready_fd)
@@ -96,28 +106,28 @@ def _report(ready_fd: int, text: str, *fds: int) -> None:
         pass  # the service is gone; so will this process be
 
 
-def _unpack(job_fd: int, language: str, *, may_write: bool) -> bytes:
+def unpack_files(job_fd: int, *, source_name: str | None = None) -> bytes:
     """The code, after writing the input files below /work. The service has checked the names."""
     with open(job_fd, "rb", closefd=False) as job:
         job.seek(0)
         header = json.loads(job.read(int.from_bytes(job.read(4), "little")))
         source = job.read(header["code_size"])
-        for path, size in header["files"]:
-            if os.path.dirname(path):
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(path, "wb") as file:
+        for path, size, executable in header["files"]:
+            target = f"{jail.WORK}/{path}"
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            with open(target, "wb") as file:
                 file.write(job.read(size))
-    if language == "bash" and may_write:
-        with open("main.sh", "wb") as file:
+            if executable:
+                os.chmod(target, 0o755)
+    if source_name is not None:
+        with open(f"{jail.WORK}/{source_name}", "wb") as file:
             file.write(source)
     return source
 
 
 def _set_limits(request: dict[str, Any], *, in_namespace: bool, private_uid: bool) -> None:
-    cpu = math.ceil(request["cpu_s"])
     limits = {
-        resource.RLIMIT_CPU: cpu,
-        resource.RLIMIT_AS: request["address_space_bytes"],
+        resource.RLIMIT_CPU: math.ceil(request["cpu_s"]),
         resource.RLIMIT_FSIZE: request["file_bytes"],
         resource.RLIMIT_NOFILE: request["open_files"],
         resource.RLIMIT_CORE: 0,
@@ -127,6 +137,8 @@ def _set_limits(request: dict[str, Any], *, in_namespace: bool, private_uid: boo
         resource.RLIMIT_NICE: 0,
         resource.RLIMIT_RTPRIO: 0,
     }
+    if request["bound_address_space"]:
+        limits[resource.RLIMIT_AS] = request["address_space_bytes"]
     if in_namespace or private_uid:
         # Where the uid is shared with the service, the count would include the service's own processes.
         limits[resource.RLIMIT_NPROC] = request["processes"]
@@ -136,12 +148,12 @@ def _set_limits(request: dict[str, Any], *, in_namespace: bool, private_uid: boo
         resource.setrlimit(limit, (capped, capped))
 
 
-def _run_bash() -> NoReturn:
+def _run_command(command: list[str]) -> NoReturn:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
-        os.execv("/bin/bash", ["bash", "main.sh"])
+        os.execvp(command[0], command)
     except OSError as error:
-        os.write(2, f"bash could not be started: {error}\n".encode())
+        os.write(2, f"{command[0]} could not be started: {error}\n".encode())
     os._exit(SETUP_FAILED)
 
 
@@ -161,12 +173,17 @@ def _fresh_interpreter_state(search_path: list[str]) -> None:
         numpy_random.seed()  # the stdlib's random reseeds itself after fork
 
 
-def _run_python(source: bytes, *, search_path: list[str]) -> NoReturn:
-    """What ``python main.py`` does, in this process."""
+def _fresh_main(search_path: list[str]) -> types.ModuleType:
     _fresh_interpreter_state(search_path)
     main = types.ModuleType("__main__")
     main.__dict__.update(__builtins__=builtins, __file__=SOURCE_NAME)
     sys.modules["__main__"] = main
+    return main
+
+
+def _run_python(source: bytes, *, search_path: list[str]) -> NoReturn:
+    """What ``python main.py`` does, in this process."""
+    main = _fresh_main(search_path)
     text = source.decode("utf-8", "replace")
     # An entry without a modification time is never checked against the disk.
     linecache.cache[SOURCE_NAME] = (len(text), None, text.splitlines(keepends=True), SOURCE_NAME)

@@ -8,13 +8,13 @@ from collections.abc import Iterable, Iterator
 from . import linux
 
 WORK = "/work"
-_STAGE = "/.run"
-_PRIVATE = {"work": WORK, "tmp": "/tmp", "shm": "/dev/shm"}
+STAGE = "/.run"
+PRIVATE = {"work": WORK, "tmp": "/tmp", "shm": "/dev/shm"}
 _SYSTEM_DIRECTORIES = ("/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libx32", "/usr/local/lib", "/usr/bin", "/usr/share/zoneinfo")
-_MERGED_USR = ("/bin", "/lib", "/lib32", "/lib64", "/libx32")
+MERGED_USR = ("/bin", "/lib", "/lib32", "/lib64", "/libx32")
 _SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/alternatives")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
-_FD_LINKS = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1", "stderr": "/proc/self/fd/2"}
+FD_LINKS = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1", "stderr": "/proc/self/fd/2"}
 _TOO_BROAD = ("/", "/etc", "/home", "/opt", "/proc", "/root", "/tmp", "/usr", "/usr/local", "/var")
 
 
@@ -38,7 +38,7 @@ def interpreter_paths() -> list[str]:
 
 def readable_paths() -> list[str]:
     """Everything of the host that code may read, for the tier that shows it in place."""
-    return [*_SYSTEM_DIRECTORIES, *_MERGED_USR, *_SYSTEM_FILES, *interpreter_paths()]
+    return [*_SYSTEM_DIRECTORIES, *MERGED_USR, *_SYSTEM_FILES, *interpreter_paths()]
 
 
 def enter_namespaces(*, user: bool) -> None:
@@ -58,17 +58,18 @@ def map_one_user(*, inside: int, uid: int, gid: int) -> None:
             file.write(text)
 
 
-def build_root(hostname: str = "sandbox") -> list[str]:
+def build_root(*, extra: Iterable[str] = (), hostname: str = "sandbox") -> list[str]:
     """Replace the root by one that holds only libraries, the interpreter, five devices and empty mount points, read-only.
 
     Call as pid 1 of the new pid namespace. Sources are bound through the old root while it is still attached, with the
     privileges of the starter, so that an interpreter below a private directory stays reachable after the uid changes.
+    ``extra`` are further directories to show, such as a compiler's headers.
 
     Returns:
         What a run's own tmpfs would cover, such as an environment below /tmp; ``enter_run`` puts it back.
     """
     stage = next(path for path in ("/tmp", "/run", "/mnt", "/var") if os.path.isdir(path))
-    sources = dict(_wanted_paths())
+    sources = dict(wanted_paths(extra))
     previous_umask = os.umask(0o022)
     linux.mount("tmpfs", stage, "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, "mode=0755,size=1m")
     os.mkdir(f"{stage}/new")
@@ -82,11 +83,11 @@ def build_root(hostname: str = "sandbox") -> list[str]:
             continue
         if _bind("/old" + source, "/new" + target, linux.MOUNT_ATTR_RDONLY | linux.MOUNT_ATTR_NOSUID | linux.MOUNT_ATTR_NODEV):
             shown.append(target)
-    for path in _MERGED_USR:
+    for path in MERGED_USR:
         if os.path.islink("/old" + path):
             os.symlink(os.readlink("/old" + path), "/new" + path)
     _make_devices()
-    for path in (*_PRIVATE.values(), "/proc", _STAGE):
+    for path in (*PRIVATE.values(), "/proc", STAGE):
         os.makedirs("/new" + path, mode=0o755, exist_ok=True)
     linux.mount("proc", "/new/proc", "proc", linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC)
     linux.set_mount_attributes("/new", linux.MOUNT_ATTR_RDONLY, recursive=False)
@@ -98,7 +99,12 @@ def build_root(hostname: str = "sandbox") -> list[str]:
     os.umask(previous_umask)
     with contextlib.suppress(OSError):
         _set_hostname(hostname)
-    return [path for path in shown if any(path.startswith(f"{place}/") for place in _PRIVATE.values())]
+    return covered(shown)
+
+
+def covered(shown: Iterable[str]) -> list[str]:
+    """Those of the shown paths that a run's own tmpfs hides."""
+    return [path for path in shown if any(path.startswith(f"{place}/") for place in PRIVATE.values())]
 
 
 def _set_hostname(hostname: str) -> None:
@@ -107,11 +113,12 @@ def _set_hostname(hostname: str) -> None:
     socket.sethostname(hostname)
 
 
-def _wanted_paths() -> Iterator[tuple[str, str]]:
-    for path in (*_SYSTEM_DIRECTORIES, *_SYSTEM_FILES, *interpreter_paths()):
+def wanted_paths(extra: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """(path in the jail, path on the host) of everything that is shown."""
+    for path in (*_SYSTEM_DIRECTORIES, *_SYSTEM_FILES, *interpreter_paths(), *extra):
         if os.path.exists(path):
             yield path, os.path.realpath(path)
-    for path in _MERGED_USR:
+    for path in MERGED_USR:
         if os.path.isdir(path) and not os.path.islink(path):
             yield path, path
 
@@ -132,7 +139,7 @@ def _bind(source: str, target: str, attributes: int) -> bool:
 def _make_devices() -> None:
     for path in DEVICES:
         _bind("/old" + path, "/new" + path, linux.MOUNT_ATTR_NOSUID | linux.MOUNT_ATTR_NOEXEC)
-    for name, link in _FD_LINKS.items():
+    for name, link in FD_LINKS.items():
         os.symlink(link, f"/new/dev/{name}")
 
 
@@ -144,14 +151,14 @@ def enter_run(*, size_bytes: int, inodes: int, uid: int, gid: int, covered: Iter
     linux.unshare(linux.CLONE_NEWNS | linux.CLONE_NEWIPC)
     flags = linux.MS_NOSUID | linux.MS_NODEV
     kept = {path: os.open(path, os.O_PATH | os.O_CLOEXEC) for path in covered}
-    linux.mount("tmpfs", _STAGE, "tmpfs", flags, f"mode=0755,size={size_bytes},nr_inodes={inodes},uid={uid},gid={gid}")
-    for name, target in _PRIVATE.items():
-        path = f"{_STAGE}/{name}"
+    linux.mount("tmpfs", STAGE, "tmpfs", flags, f"mode=0755,size={size_bytes},nr_inodes={inodes},uid={uid},gid={gid}")
+    for name, target in PRIVATE.items():
+        path = f"{STAGE}/{name}"
         os.mkdir(path)
         os.chmod(path, 0o755 if target == WORK else 0o1777)
         os.chown(path, uid, gid)
         linux.mount(path, target, None, linux.MS_BIND)
-    linux.umount(_STAGE, linux.MNT_DETACH)
+    linux.umount(STAGE, linux.MNT_DETACH)
     for path, fd in kept.items():
         os.makedirs(path, mode=0o755)
         linux.mount(f"/proc/self/fd/{fd}", path, None, linux.MS_BIND | linux.MS_REC)

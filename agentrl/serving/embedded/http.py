@@ -7,6 +7,7 @@ pause holds, and a checkpoint that does not fit leaves the old weights serving.
 
 import asyncio
 import hashlib
+import hmac
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -26,6 +27,8 @@ from agentrl.serving.embedded.engine import Engine, EngineFailed, Job, PauseMode
 
 DISCONNECT_POLL_S = 0.5
 """How often a waiting request looks whether its client is still there."""
+MAX_BODY_BYTES = 32 << 20
+"""Largest request body: some millions of token ids, far above any context."""
 HEALTH_TIMEOUT_S = 20.0
 """What `/health_generate` gives its one token, as SGLang does."""
 
@@ -176,7 +179,7 @@ def create_app(
     def guarded(route: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         async def handler(request: Request) -> Response:
             path = request.url.path
-            if api_key and not path.startswith(_OPEN_PREFIXES) and request.headers.get("authorization") != f"Bearer {api_key}":
+            if api_key and not path.startswith(_OPEN_PREFIXES) and not _is_authorized(request, api_key):
                 return _json({"error": "Unauthorized"}, 401)
             try:
                 return await route(request)
@@ -398,8 +401,17 @@ def create_app(
     return app
 
 
+def _is_authorized(request: Request, api_key: str) -> bool:
+    given = request.headers.get("authorization", "")
+    return hmac.compare_digest(given.encode(), f"Bearer {api_key}".encode())
+
+
 async def _decode(request: Request, kind: type[_Body]) -> _Body:
-    raw = await request.body()
+    raw = bytearray()
+    async for part in request.stream():
+        raw += part
+        if len(raw) > MAX_BODY_BYTES:
+            raise _Refused(413, {"error": {"message": f"the request body is larger than {MAX_BODY_BYTES} bytes"}})
     try:
         return msgspec.json.decode(raw, type=kind)
     except msgspec.ValidationError as error:

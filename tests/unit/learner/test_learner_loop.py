@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 from learner_rig import MemorySource, assert_same_weights, make_learner, random_group, weights_of
 
-from agentrl.errors import StalledError
+from agentrl.errors import DataError, StalledError
 from agentrl.learner.batching import BatchBuilder
 from agentrl.learner.checkpoint import Checkpoints, read_jsonl
 from agentrl.learner.distributed import Team
 from agentrl.learner.learner import Learner
 from agentrl.learner.loop import run_learning
 from agentrl.learner.weight_publisher import WeightPublisher
+from agentrl.telemetry.metrics import undeclared
 from agentrl.types import PolicyRecord, TrajectoryGroup
 
 
@@ -34,6 +35,7 @@ class Rig:
         def note(metrics: dict[str, float]) -> None:
             self.losses[int(metrics["step"])] = metrics["actor/pg_loss"]
             self.metrics.append(metrics)
+            assert undeclared(list(metrics)) == []
             on_step(metrics)
 
         run_learning(
@@ -46,7 +48,7 @@ class Rig:
             num_steps=num_steps,
             save_every=options.pop("save_every", 2),
             on_step=note,
-            **options,
+            **{"prefetch": True} | options,
         )
         return learner
 
@@ -193,3 +195,38 @@ def test_a_stale_group_frees_its_place_at_once_or_generation_and_training_would_
     assert rig.source.progress == [1, 3]
     assert {o for i, o in rig.source.acknowledged.items() if i in stale.close.members} == {"stale"}
     assert sorted(rig.trained()) == sorted(i for g in fresh for i in g.close.members)
+
+
+def test_reading_ahead_changes_no_loss(model_dir: Path, team: Team, tmp_path: Path) -> None:
+    ahead, plain = Rig(model_dir, team, tmp_path / "ahead"), Rig(model_dir, team, tmp_path / "plain")
+    ahead.run(num_steps=4)
+    plain.run(num_steps=4, prefetch=False)
+    assert ahead.losses == plain.losses
+    assert sorted(ahead.source.acknowledged) == sorted(plain.source.acknowledged)
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_a_trajectory_that_cannot_be_trained_on_is_blamed_by_name(
+    model_dir: Path, team: Team, tmp_path: Path, prefetch: bool
+) -> None:
+    rig = Rig(model_dir, team, tmp_path)
+    poison = rig.source.groups[1].trajectories[0]
+    poison.segments[0].ids[0] = 100_000
+    blamed: list[str] = []
+    rig.source.blame = lambda ids: blamed.extend(ids)  # type: ignore[attr-defined]
+    with pytest.raises(DataError, match=r"1 trajectories hold token ids outside the model's vocabulary of 320"):
+        rig.run(num_steps=4, prefetch=prefetch)
+    assert blamed == [poison.id]
+    assert rig.source.acknowledged == {}
+
+
+def test_an_error_that_says_nothing_about_the_data_blames_nothing(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Learner, "step", fail)
+    blamed: list[str] = []
+    rig.source.blame = lambda ids: blamed.extend(ids)  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        rig.run(num_steps=2)
+    assert blamed == []

@@ -23,7 +23,8 @@ from learner_rig import (
 from agentrl.errors import ConfigError, DataError, TrainingDiverged
 from agentrl.learner.batching import StepBatch
 from agentrl.learner.distributed import Team
-from agentrl.learner.learner import Learner, LossSettings
+from agentrl.learner.learner import Learner
+from agentrl.learner.settings import KLSettings, LossSettings
 from agentrl.types import Trajectory, TrajectoryGroup
 
 
@@ -206,7 +207,7 @@ def test_minibatches_and_epochs_make_as_many_updates(model_dir: Path, team: Team
 def test_kl_loss_is_zero_at_the_reference_and_grows_after_an_update(
     model_dir: Path, team: Team, groups: list[TrajectoryGroup]
 ) -> None:
-    learner = make_learner(model_dir, team, loss=LossSettings(kl_coef=0.1))
+    learner = make_learner(model_dir, team, loss=LossSettings(kl=KLSettings(coef=0.1)))
     first = learner.step(batch_of(groups))
     second = learner.step(batch_of(groups, version=1))
     assert first["actor/kl_loss"] == pytest.approx(0.0, abs=1e-7)
@@ -308,7 +309,9 @@ def test_gradient_checkpointing_computes_again_and_changes_nothing(
 
 def test_every_weight_is_trained(model_dir: Path, team: Team, groups: list[TrajectoryGroup]) -> None:
     # Parameters that a bare forward left gathered would silently stay as they were.
-    learner = make_learner(model_dir, team, loss=LossSettings(old_logprobs="recompute", kl_coef=0.01, entropy_coef=0.01))
+    learner = make_learner(
+        model_dir, team, loss=LossSettings(old_logprobs="recompute", kl=KLSettings(coef=0.01), entropy_coef=0.01)
+    )
     before = weights_of(learner)
     learner.step(batch_of(groups))
     learner.step(batch_of(groups, version=1))

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from agentrl.sandbox.admission import Admission, QueueFull
+from agentrl.sandbox.admission import Admission, Draining, QueueFull, WaitedTooLong
 
 
 @pytest.mark.asyncio
@@ -72,3 +72,69 @@ async def test_a_waiter_cancelled_in_the_moment_it_is_served_passes_the_slot_on(
             await asyncio.sleep(0)
         waiting.cancel()
     assert admission.running == 0
+
+
+@pytest.mark.asyncio
+async def test_clients_take_turns_however_many_requests_one_sends() -> None:
+    admission = Admission(capacity=1, max_queue=20)
+    served: list[str] = []
+
+    async def one(client: str) -> None:
+        async with admission.permit(client):
+            served.append(client)
+            await asyncio.sleep(0)
+
+    async with asyncio.TaskGroup() as group, admission.permit("first"):
+        for client in [*"aaaaaa", "b", "c", "b"]:
+            group.create_task(one(client))
+        await asyncio.sleep(0)
+    assert "".join(served) == "abcabaaaa"
+
+
+@pytest.mark.asyncio
+async def test_in_a_full_queue_the_greediest_client_gives_way() -> None:
+    admission = Admission(capacity=1, max_queue=3)
+    outcomes: dict[str, str] = {}
+
+    async def one(name: str, client: str) -> None:
+        try:
+            async with admission.permit(client):
+                outcomes[name] = "ran"
+        except QueueFull:
+            outcomes[name] = "refused"
+
+    async with asyncio.TaskGroup() as group, admission.permit("other"):
+        for name, client in (("a1", "a"), ("a2", "a"), ("a3", "a"), ("b1", "b"), ("a4", "a")):
+            group.create_task(one(name, client))
+            await asyncio.sleep(0)
+        assert admission.waiting == 3
+    assert outcomes == {"a1": "ran", "a2": "ran", "a3": "refused", "b1": "ran", "a4": "refused"}
+    assert (admission.running, admission.waiting) == (0, 0)
+
+
+@pytest.mark.asyncio
+async def test_a_wait_with_a_deadline_ends_with_it_and_leaves_no_place_taken() -> None:
+    admission = Admission(capacity=1, max_queue=3)
+    async with admission.permit():
+        with pytest.raises(WaitedTooLong, match="0.02 s"):
+            async with admission.permit(timeout_s=0.02):
+                pass
+        assert admission.waiting == 0
+    async with admission.permit(timeout_s=0.02) as permit:
+        assert permit.slot == 0
+
+
+@pytest.mark.asyncio
+async def test_draining_refuses_what_waits_and_what_comes_and_lets_run_what_runs() -> None:
+    admission = Admission(capacity=1, max_queue=3)
+    async with admission.permit():
+        waiting = asyncio.ensure_future(admission.permit().__aenter__())
+        await asyncio.sleep(0)
+        admission.drain()
+        with pytest.raises(Draining):
+            await waiting
+        with pytest.raises(Draining):
+            async with admission.permit():
+                pass
+        assert admission.running == 1
+    assert (admission.running, admission.waiting) == (0, 0)

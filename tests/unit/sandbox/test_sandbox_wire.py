@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentrl.sandbox.job import MIB, Job, Limits, Outcome, Reason, check_path
-from agentrl.sandbox.wire import BadRequest, RunCodeRequest, to_job, to_response
+from agentrl.sandbox.languages import installed
+from agentrl.sandbox.wire import BadRequest, RunCodeRequest, to_program, to_response
 
 
 def job(**fields: Any) -> Job:
-    return to_job(RunCodeRequest(**({"code": "1"} | fields)), memory_limit_mb=512)
+    return to_program(RunCodeRequest(**({"code": "1"} | fields)), memory_limit_mb=512).run
 
 
 def outcome(code: int, reason: Reason) -> Outcome:
@@ -61,7 +62,7 @@ def test_an_accepted_path_is_relative_and_never_climbs(path: str) -> None:
     assert check_path(accepted) == accepted
 
 
-@pytest.mark.parametrize("language", ["cpp", "nodejs", "pytest", ""])
+@pytest.mark.parametrize("language", ["verilog", "cobol", "pytest", ""])
 def test_other_languages_are_refused_by_name_of_what_there_is(language: str) -> None:
     with pytest.raises(BadRequest, match="supported: python, bash"):
         job(language=language)
@@ -83,7 +84,7 @@ def test_other_languages_are_refused_by_name_of_what_there_is(language: str) -> 
 def test_outcomes_map_to_sandbox_fusions_statuses(
     code: int, reason: Reason, status: str, run_status: str, return_code: int | None
 ) -> None:
-    response = to_response(outcome(code, reason), job(), queue_time_s=0.5, tier="zygote")
+    response = to_response(outcome(code, reason), job().limits, queue_time_s=0.5, tier="zygote")
     assert response.run_result is not None
     assert (response.status, response.run_result.status, response.run_result.return_code) == (status, run_status, return_code)
     assert (response.message == "") == (reason in ("ok", "exit"))
@@ -91,7 +92,7 @@ def test_outcomes_map_to_sandbox_fusions_statuses(
 
 
 def test_the_golden_response_keeps_its_keys() -> None:
-    response = json.loads(to_response(outcome(0, "ok"), job(), queue_time_s=0.0, tier="zygote").model_dump_json())
+    response = json.loads(to_response(outcome(0, "ok"), job().limits, queue_time_s=0.0, tier="zygote").model_dump_json())
     assert {name: response[name] for name in ("status", "message", "compile_result", "executor_pod_name", "files")} == {
         "status": "Success", "message": "", "compile_result": None, "executor_pod_name": None, "files": {},
     }  # fmt: skip
@@ -100,7 +101,30 @@ def test_the_golden_response_keeps_its_keys() -> None:
 
 
 def test_a_job_is_packed_as_header_code_and_files() -> None:
-    packed = Job(code="é", files={"a": b"12", "b": b"3"}, limits=Limits(wall_s=1, memory_bytes=1)).encode()
+    packed = Job(
+        code="é", files={"a": b"12", "b": b"3"}, executables=frozenset("b"), limits=Limits(wall_s=1, memory_bytes=1)
+    ).encode()
     size = int.from_bytes(packed[:4], "little")
-    assert json.loads(packed[4 : 4 + size]) == {"code_size": 2, "files": [["a", 2], ["b", 1]]}
+    assert json.loads(packed[4 : 4 + size]) == {"code_size": 2, "files": [["a", 2, False], ["b", 1, True]]}
     assert packed[4 + size :] == "é".encode() + b"123"
+
+
+def test_a_language_that_is_known_but_not_installed_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agentrl.sandbox.languages.installed", lambda: {"python": None})
+    with pytest.raises(BadRequest, match="'go' needs go, which is not installed here; supported: python"):
+        job(language="go")
+
+
+@pytest.mark.skipif("cpp" not in installed(), reason="g++ is not installed")
+def test_a_compiled_program_runs_its_artifact_beside_its_input_files() -> None:
+    files: dict[str, str | None] = {"in": "eA=="}
+    request = RunCodeRequest(
+        code="int main() {}", language="c++", files=files, fetch_files=["out"], run_timeout=2, compile_timeout=60
+    )
+    program = to_program(request, memory_limit_mb=128)
+    assert program.compile is not None
+    assert (program.compile.fetch, program.compile.limits.wall_s, program.compile.source_name) == (["main.bin"], 30, "main.cpp")
+    built = program.built(b"ELF")
+    assert built.files == {"in": b"x", "main.bin": b"ELF"}
+    assert (built.executables, built.code, built.command) == (frozenset(["main.bin"]), "", ("./main.bin",))
+    assert (built.fetch, built.limits.wall_s) == (["out"], 2)

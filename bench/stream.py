@@ -1,0 +1,245 @@
+"""Trajectories per second through producer, Redis and consumer, next to raw XADD and XREADGROUP of the same bytes in the same run.
+
+    python bench/stream.py [--seconds 2] [--tokens 1024,4096,16384,65536] [--soak 20000]
+
+Each cell: both sides alternate on one embedded server, so that whatever else the machine does hits both. ``put`` is encode plus
+the idempotent script against XADD of the ready bytes; ``take`` is read, decode, assemble and the fenced commit against
+XREADGROUP, XACK and XDEL. The soak sends small trajectories through a bounded stream and watches the server's memory.
+"""
+
+import argparse
+import asyncio
+import json
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from agentrl.stream.codec import encode
+from agentrl.stream.connection import connect, connect_async
+from agentrl.stream.consumer import TrajectoryConsumer
+from agentrl.stream.keys import Keys
+from agentrl.stream.ledger import read_ledger
+from agentrl.stream.producer import TrajectoryProducer
+from agentrl.stream.server import EmbeddedServer
+from agentrl.testing.stream_doubles import make_close, make_trajectory
+from agentrl.types import Trajectory
+
+GROUP_SIZE = 8
+WRITERS = 8
+DURABILITY = {"off": ("no", "everysec"), "everysec": ("yes", "everysec"), "always": ("yes", "always")}
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side's numbers: rates in trajectories/s, latencies of one put in ms."""
+
+    put_per_s: float
+    put_p50_ms: float
+    put_p99_ms: float
+    take_per_s: float
+
+    @property
+    def through_per_s(self) -> float:
+        return 1 / (1 / self.put_per_s + 1 / self.take_per_s)
+
+
+def trajectories(count: int, num_tokens: int, first: int) -> list[list[Trajectory]]:
+    """Groups of one size; prompts of a quarter."""
+    return [
+        [make_trajectory(first + g, i, num_tokens=num_tokens, prompt_length=num_tokens // 4, seed=1) for i in range(GROUP_SIZE)]
+        for g in range(count)
+    ]
+
+
+async def timed_puts(puts: Sequence[Callable[[], Awaitable[Any]]]) -> tuple[float, list[float]]:
+    """Seconds in all and milliseconds each, with ``WRITERS`` at work."""
+    waiting, each = list(reversed(puts)), list[float]()
+
+    async def write() -> None:
+        while waiting:
+            put = waiting.pop()
+            began = time.perf_counter()
+            await put()
+            each.append((time.perf_counter() - began) * 1e3)
+
+    began = time.perf_counter()
+    async with asyncio.TaskGroup() as group:
+        for _ in range(WRITERS):
+            group.create_task(write())
+    return time.perf_counter() - began, each
+
+
+async def measure_ours(url: str, groups: list[list[Trajectory]]) -> Side:
+    keys, client = Keys("ours"), connect_async(url)
+    producer = TrajectoryProducer(client, keys, max_items=10**9)
+    members = [t for group in groups for t in group]
+    seconds, each = await timed_puts([lambda t=t: producer.put_trajectory(t) for t in members])
+    began = time.perf_counter()
+    for group in groups:
+        await producer.close_group(make_close(group))
+    seconds += time.perf_counter() - began
+    await client.aclose()
+
+    def take() -> float:
+        with connect(url) as sync:
+            consumer = TrajectoryConsumer(sync, keys)
+            consumer.acquire()
+            began = time.perf_counter()
+            for _ in groups:
+                group = consumer.next_group(10.0)
+                assert group is not None
+                assert len(group.trajectories) == GROUP_SIZE
+                consumer.commit([group.close.id], outcomes={})
+            return time.perf_counter() - began
+
+    taken = await asyncio.to_thread(take)
+    return side(len(members), seconds, each, taken)
+
+
+async def measure_raw(url: str, groups: list[list[Trajectory]]) -> Side:
+    client: Any = connect_async(url)
+    entries = [{"t": t.id, "g": t.group_id, "k": "t", "n": 1, "b": encode(t)} for group in groups for t in group]
+    seconds, each = await timed_puts([lambda e=e: client.xadd("raw", e) for e in entries])
+    await client.aclose()
+
+    def take() -> float:
+        with connect(url) as sync:
+            untyped: Any = sync
+            untyped.xgroup_create("raw", "g", "0", mkstream=True)
+            began, left = time.perf_counter(), len(entries)
+            while left:
+                ((_, pairs),) = untyped.xreadgroup("g", "c", {"raw": ">"}, count=GROUP_SIZE)
+                ids = [entry for entry, _ in pairs]
+                untyped.xack("raw", "g", *ids)
+                untyped.xdel("raw", *ids)
+                left -= len(ids)
+            seconds = time.perf_counter() - began
+            untyped.delete("raw")
+            return seconds
+
+    return side(len(entries), seconds, each, await asyncio.to_thread(take))
+
+
+def side(count: int, put_s: float, each_ms: list[float], take_s: float) -> Side:
+    p50, p99 = np.percentile(each_ms, [50, 99])
+    return Side(put_per_s=count / put_s, put_p50_ms=float(p50), put_p99_ms=float(p99), take_per_s=count / take_s)
+
+
+def mean(sides: list[Side]) -> Side:
+    return Side(**{name: float(np.median([getattr(s, name) for s in sides])) for name in asdict(sides[0])})
+
+
+async def cell(url: str, num_tokens: int, seconds: float) -> tuple[Side, Side, int]:
+    """Both sides in turns until the time is over; medians."""
+    ours, raw, first = list[Side](), list[Side](), 0
+    with connect(url) as client:
+        client.flushall()
+    per_round = max(4, min(64, 200_000 // num_tokens))
+    size = len(encode(make_trajectory(0, 0, num_tokens=num_tokens, prompt_length=num_tokens // 4, seed=1)))
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends or len(ours) < 3:
+        groups = trajectories(per_round, num_tokens, first)
+        first += per_round
+        ours.append(await measure_ours(url, groups))
+        raw.append(await measure_raw(url, groups))
+    return mean(ours), mean(raw), size
+
+
+async def soak(url: str, count: int) -> list[dict[str, float]]:
+    """Small trajectories through a stream of at most 256 entries, producer and consumer at once; the server's memory on the way."""
+    keys, client, rows = Keys("soak"), connect_async(url), list[dict[str, float]]()
+    producer = TrajectoryProducer(client, keys, max_items=256)
+    num_groups = count // GROUP_SIZE
+    template = [make_trajectory(0, i, num_tokens=64) for i in range(GROUP_SIZE)]
+
+    async def produce(first: int) -> None:
+        for ordinal in range(first, num_groups, WRITERS):
+            group = [make_trajectory(ordinal, i, num_tokens=64) for i in range(len(template))]
+            for member in group:
+                await producer.put_trajectory(member)
+            await producer.close_group(make_close(group))
+
+    def consume() -> None:
+        with connect(url) as sync:
+            untyped: Any = sync
+            consumer = TrajectoryConsumer(sync, keys)
+            consumer.acquire()
+            for number in range(num_groups):
+                group = consumer.next_group(30.0)
+                assert group is not None
+                consumer.commit([group.close.id], outcomes={})
+                if number % max(1, num_groups // 5) == 0 or number == num_groups - 1:
+                    stream, ids = untyped.memory_usage(keys.traj), untyped.memory_usage(keys.dedupe)
+                    used = untyped.info("memory")["used_memory"]
+                    done = (number + 1) * GROUP_SIZE
+                    rows.append(
+                        {"trajectories": done, "stream_kib": stream / 1024, "ids_mib": ids / 2**20, "used_mib": used / 2**20}
+                    )
+            assert read_ledger(sync, keys).closes
+
+    began = time.perf_counter()
+    async with asyncio.TaskGroup() as group:
+        group.create_task(asyncio.to_thread(consume))
+        for writer in range(WRITERS):
+            group.create_task(produce(writer))
+    await client.aclose()
+    rows.append({"trajectories": num_groups * GROUP_SIZE, "per_s": num_groups * GROUP_SIZE / (time.perf_counter() - began)})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=2.0, help="per cell")
+    parser.add_argument("--tokens", default="1024,4096,16384,65536")
+    parser.add_argument("--soak", type=int, default=20_000, help="trajectories; 0 leaves it out")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    results: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="arl-bench-") as folder:
+        server = EmbeddedServer(folder)
+        url = server.ensure()
+        try:
+            print(
+                "AOF       tokens     KiB | ours: put/s p50 p99 ms   take/s | raw: put/s p50 p99 ms   take/s | ours/raw put take through"
+            )
+            for durability, (aof, fsync) in DURABILITY.items():
+                with connect(url) as client:
+                    untyped: Any = client
+                    untyped.flushall()
+                    untyped.config_set("appendonly", aof)
+                    untyped.config_set("appendfsync", fsync)
+                    while untyped.info("persistence")["aof_rewrite_in_progress"]:
+                        time.sleep(0.05)
+                for num_tokens in (int(n) for n in args.tokens.split(",")):
+                    ours, raw, size = asyncio.run(cell(url, num_tokens, args.seconds))
+                    shares = [a / b for a, b in zip(
+                        (ours.put_per_s, ours.take_per_s, ours.through_per_s), (raw.put_per_s, raw.take_per_s, raw.through_per_s), strict=True
+                    )]  # fmt: skip
+                    print(
+                        f"{durability:9} {num_tokens:6d} {size / 1024:7.1f} | "
+                        + " | ".join(f"{s.put_per_s:9.0f} {s.put_p50_ms:5.2f} {s.put_p99_ms:6.2f} {s.take_per_s:8.0f}" for s in (ours, raw))
+                        + " | " + " ".join(f"{100 * s:4.0f} %" for s in shares),
+                        flush=True,
+                    )  # fmt: skip
+                    results.append(
+                        {"aof": durability, "tokens": num_tokens, "bytes": size, "ours": asdict(ours), "raw": asdict(raw)}
+                    )
+            if args.soak:
+                with connect(url) as client:
+                    client.flushall()
+                rows = asyncio.run(soak(url, args.soak))
+                for row in rows:
+                    print("soak  " + "  ".join(f"{name} {value:,.1f}" for name, value in row.items()))
+                results += [{"soak": row} for row in rows]
+        finally:
+            server.stop()
+    if args.json:
+        print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

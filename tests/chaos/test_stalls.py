@@ -1,0 +1,272 @@
+"""Real stalls, injected into a running serve and learn: the doctor names each within twice the limit, and the cure is seen."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Coroutine, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chaos_rig import ROOT, Process, agentrl, environment, until, write_config, write_project
+from chaos_script import Script
+
+from agentrl.assembly.stalls import Verdict, judge, take_snapshot
+from agentrl.stream.server import EmbeddedServer
+from agentrl.telemetry.run_dir import RunDir
+from agentrl.testing.fake_sglang import FakeSGLang
+
+pytestmark = pytest.mark.timeout(240)
+
+LIMIT_S = 2.0
+
+
+class Engine:
+    """A scripted engine in a thread of the test, so that a test may make it misbehave."""
+
+    def __init__(self, script: Script) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self.server = FakeSGLang(token_latency_s=0.002, sampler=script)
+        self.call(self.server.start())
+
+    def call(self, work: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
+
+    def close(self) -> None:
+        self.call(self.server.kill())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(5)
+        self._loop.close()
+
+
+@dataclass
+class Running:
+    """A healthy serve and learn, an engine, and ways to break them."""
+
+    folder: Path
+    config: Path
+    directory: RunDir
+    engine: Engine
+    serve: Process
+    learn: Process
+
+    def verdict(self) -> Verdict:
+        return judge(take_snapshot(self.directory))
+
+    def mode(self, what: str, value: str) -> None:
+        (self.folder / f"{what}.mode").write_text(value)
+
+    def moves(self) -> None:
+        until(
+            lambda: self.verdict().state == "moves" and float(self.directory.read_status("serve").get("quiet_s", 99)) < LIMIT_S,
+            seconds=45,
+            name="moving run",
+            show=lambda: f"{self.verdict()}\n{self.serve.text()[-3000:]}\n{self.learn.text()[-3000:]}",
+        )
+
+    def stalls(self, stage: str, *, within_s: float = 2 * LIMIT_S + 2.0) -> Verdict:
+        """The doctor's verdict, once it names this stage. The slack is the status's second and this machine's."""
+        return until(
+            lambda: v if (v := self.verdict()).state == "stalled" and v.stage == stage else None,
+            seconds=within_s,
+            name=f"stall of {stage}",
+            show=lambda: f"{self.verdict()}\n{json.dumps(self.directory.read_status('serve'), indent=1)[-3500:]}",
+        )
+
+
+def start_learn(folder: Path, config: Path) -> Process:
+    return Process([str(ROOT / "tests/chaos/chaos_learner.py"), str(config)], folder, name="learn")
+
+
+@pytest.fixture(scope="module")
+def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = write_project(tmp_path_factory.mktemp("stalls"))
+    engine = Engine(Script.load(folder / "script.json"))
+    config = write_config(
+        folder,
+        run={"name": "run", "dir": str(folder / "runs"), "seed": 0, "stall_warn_s": LIMIT_S},
+        serve={"urls": [engine.server.url], "attempts": 1},
+        queue={"max_bytes": 40_000},
+        learn={"groups": 4, "max_staleness": 100, "pipeline_depth": 20},
+    )
+    learn = start_learn(folder, config)
+    serve = agentrl("serve", "-c", str(config), folder=folder, name="serve")
+    running = Running(folder, config, RunDir(folder / "runs/run"), engine, serve, learn)
+    try:
+        until(lambda: running.directory.config.is_file(), seconds=60, name="run directory", show=serve.text)
+        running.moves()
+        yield running
+    finally:
+        serve.close()
+        running.learn.close()
+        engine.close()
+        EmbeddedServer(running.directory.redis).stop()
+
+
+@pytest.fixture
+def running(rig: Running) -> Iterator[Running]:
+    """The rig, healthy before and after each test."""
+    yield rig
+    for name in ("tool", "reward", "learn"):
+        rig.mode(name, "")
+    rig.moves()
+
+
+def test_a_stopped_learner_is_named_with_its_pid(running: Running) -> None:
+    os.kill(running.learn.pid, signal.SIGSTOP)
+    try:
+        verdict = running.stalls("learn")
+        assert verdict.waits_for == "SIGCONT"
+        assert str(running.learn.pid) in verdict.text
+        assert verdict.fix == f"kill -CONT {running.learn.pid}"
+    finally:
+        os.kill(running.learn.pid, signal.SIGCONT)
+
+
+def test_a_stopped_serve_is_named(running: Running) -> None:
+    os.kill(running.serve.pid, signal.SIGSTOP)
+    try:
+        assert running.stalls("serve").fix == f"kill -CONT {running.serve.pid}"
+    finally:
+        os.kill(running.serve.pid, signal.SIGCONT)
+
+
+def test_a_stopped_stream_server_is_named(running: Running) -> None:
+    pid = EmbeddedServer(running.directory.redis).pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        verdict = running.stalls("stream", within_s=10)
+        assert str(pid) in verdict.fix
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def test_a_dead_stream_server_is_named_and_both_sides_reconnect(running: Running) -> None:
+    server = EmbeddedServer(running.directory.redis)
+    assert server.pid is not None
+    os.kill(server.pid, signal.SIGKILL)
+    try:
+        verdict = running.stalls("stream")
+        assert "gives no answer" in verdict.text
+    finally:
+        running.directory.register("redis", url=server.ensure(), pid=server.pid)
+
+
+def test_a_dead_learner_is_named(running: Running) -> None:
+    running.learn.process.kill()
+    running.learn.process.wait()
+    try:
+        verdict = running.stalls("learn")
+        assert "not running" in verdict.text
+        assert "agentrl learn" in verdict.fix
+    finally:
+        running.learn = start_learn(running.folder, running.config)
+
+
+def test_a_learner_that_computes_for_ever_is_named_by_what_it_does(running: Running) -> None:
+    running.mode("learn", "step")
+    verdict = running.stalls("learn")
+    assert verdict.waits_for == "step"
+    assert verdict.since_s >= LIMIT_S
+
+
+def test_an_engine_that_takes_requests_and_sends_nothing_is_named(running: Running) -> None:
+    running.engine.server.stall()
+    try:
+        verdict = running.stalls("engine")
+        assert verdict.waits_for == "tokens"
+        assert verdict.oldest_rollout.count("/") >= 2
+        assert verdict.oldest_rollout_s >= 1.0
+    finally:
+        running.engine.call(running.engine.server.restart_with_base_weights())
+
+
+def test_a_dead_engine_is_named_with_its_address(running: Running) -> None:
+    running.engine.call(running.engine.server.kill())
+    try:
+        # The manager calls it unhealthy after three probes.
+        assert running.engine.server.url in running.stalls("engine", within_s=2 * LIMIT_S + 8).text
+    finally:
+        running.engine.call(running.engine.server.start())
+
+
+def test_a_quarantined_engine_is_named_with_the_reason(running: Running) -> None:
+    running.engine.server.fail_next_updates(times=1000)
+    running.engine.call(running.engine.server.restart_with_base_weights())
+    try:
+        verdict = running.stalls("engine", within_s=2 * LIMIT_S + 4)
+        assert "quarantined" in verdict.text
+        assert "scripted" in verdict.text, "the reason the engine gave"
+    finally:
+        running.engine.server.heal_updates()
+
+
+def test_a_tool_that_hangs_is_named(running: Running) -> None:
+    running.mode("tool", "hang")
+    verdict = running.stalls("tool:add")
+    assert verdict.since_s >= 1.0
+    assert "calls have no answer" in verdict.text
+
+
+def test_a_scorer_that_hangs_is_named(running: Running) -> None:
+    running.mode("reward", "hang")
+    assert "scored" in running.stalls("reward").text
+
+
+def test_a_full_stream_is_named_with_its_bound(running: Running) -> None:
+    running.mode("learn", "hold")
+    verdict = running.stalls("learn", within_s=2 * LIMIT_S + 6)
+    assert verdict.waits_for == "room on the stream"
+    assert "full by bytes" in verdict.text
+    # What it held is committed by the next learner.
+    running.learn.close()
+    running.mode("learn", "")
+    running.learn = start_learn(running.folder, running.config)
+
+
+def test_the_watchdogs_printed_the_same_lines_by_themselves(running: Running) -> None:
+    running.mode("tool", "hang")
+    running.stalls("tool:add")
+    for process in (running.serve, running.learn):
+        line = until(
+            lambda process=process: [x for x in process.text().splitlines() if "stalled: tool:add waits for" in x],
+            seconds=8,
+            name="line",
+            show=process.text,
+        )[0]
+        assert "→" in line, "the cure is on the same line"
+    running.mode("tool", "")
+    until(lambda: "moves again: tool:add" in running.serve.text(), seconds=20, name="end of the stall", show=running.serve.text)
+
+
+def doctor(running: Running, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "agentrl", "doctor", str(running.directory.root), *arguments],
+        cwd=ROOT, env=environment(running.folder), capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
+def test_the_command_prints_one_unwrapped_line_and_exits_by_the_verdict(running: Running) -> None:
+    healthy = doctor(running)
+    assert healthy.returncode == 0, healthy.stdout + healthy.stderr
+    assert "moves" in healthy.stdout
+    os.kill(running.learn.pid, signal.SIGSTOP)
+    try:
+        running.stalls("learn")
+        text, as_json = doctor(running), doctor(running, "--json")
+    finally:
+        os.kill(running.learn.pid, signal.SIGCONT)
+    assert (text.returncode, as_json.returncode) == (1, 1)
+    (line,) = [x for x in text.stdout.splitlines() if x.startswith("stalled:")]
+    assert line.startswith("stalled: learn waits for SIGCONT, for ")
+    assert line.endswith(f"→ kill -CONT {running.learn.pid}")
+    verdict = json.loads(as_json.stdout)[0]
+    assert (verdict["state"], verdict["stage"], verdict["level"]) == ("stalled", "learn", "fail")
