@@ -19,7 +19,7 @@ from agentrl.config import Config, load_config, parse_config
 from agentrl.data.rows import read_rows
 from agentrl.errors import CheckpointError, CodecError, ConfigError, DataError
 from agentrl.learner.checkpoint import STATE_FILE, damage, read_state
-from agentrl.sandbox.wire import BadRequest, RunCodeRequest, to_job
+from agentrl.sandbox.wire import BadRequest, RunCodeRequest, to_program
 from agentrl.serving.embedded.http import AbortBody, GenerateBody, PauseBody, UpdateFromDiskBody
 from agentrl.stream.codec import decode
 from agentrl.telemetry.trajectory_log import read_records
@@ -184,7 +184,7 @@ RUN_CODE = ("code", "language", "stdin", "files", "fetch_files", "run_timeout", 
 @given(body=objects(*RUN_CODE).map(lambda o: {"code": "print(1)", "language": "python", **o}))
 def test_a_run_code_body_of_anything_is_a_job_or_refused(body: dict[str, Any]) -> None:
     with accepted_or(ValidationError, BadRequest):
-        job = to_job(RunCodeRequest.model_validate_json(json.dumps(body)), memory_limit_mb=256)
+        job = to_program(RunCodeRequest.model_validate_json(json.dumps(body)), memory_limit_mb=256).run
         assert 0 < job.limits.memory_bytes <= 256 << 20
 
 
@@ -208,7 +208,7 @@ def test_engine_bodies_of_anything_decode_or_are_refused(kind: type[msgspec.Stru
 
 
 def test_sandbox_paths_cannot_leave_the_work_directory() -> None:
-    refuse: Callable[[str], None] = lambda path: to_job(  # noqa: E731
+    refuse: Callable[[str], None] = lambda path: to_program(  # noqa: E731
         RunCodeRequest.model_validate({"code": "", "language": "python", "files": {path: ""}}), memory_limit_mb=64
     )
     for path in ("../x", "/etc/passwd", "a/../../x", "a/\0b"):
