@@ -7,6 +7,7 @@
     producer.py     PUT: idempotent by trajectory id, bounded, never drops
     consumer.py     read, assemble groups, COMMIT behind a checkpoint, fenced by the run epoch
     policy.py       the policy record and the progress that admission reads
+    leases.py       which of several rollout processes plays which task
     ledger.py       how every rollout ended; the sums must close
     dead_letters.py entries that could not be trained: list, replay, drop
     fingerprint.py  serve and learn agree on model, tokenizer, template, tools and limits

@@ -15,6 +15,9 @@ script may touch all of them.
 | ``dead`` | stream | entries that cannot be trained, with the reason | learner | oldest first, at 1000 |
 | ``policy`` | hash | the policy record | learner | never (overwritten) |
 | ``progress`` | hash | version and groups decided, for admission | learner | never (overwritten) |
+| ``leases`` | zset | ordinal -> ms until which its process plays it | rollout processes, when there are several | the same, once the group closed |
+| ``lease_owners`` | hash | ordinal -> process; ``next``: lowest ordinal never leased | rollout processes | the same |
+| ``fleet`` | hash | the servers and what they serve, for other rollout processes | serve | serve, at its end |
 | ``fingerprint`` | hash | what serve and learn must agree on | first to start | ``clear_fingerprint`` |
 """
 
@@ -36,6 +39,9 @@ KEY_NAMES: Final = (
     "progress",
     "closed",
     "open",
+    "leases",
+    "lease_owners",
+    "fleet",
     "fingerprint",
 )
 
@@ -92,6 +98,18 @@ class Keys:
     @property
     def open(self) -> str:
         return self.prefix + "open"
+
+    @property
+    def leases(self) -> str:
+        return self.prefix + "leases"
+
+    @property
+    def lease_owners(self) -> str:
+        return self.prefix + "lease_owners"
+
+    @property
+    def fleet(self) -> str:
+        return self.prefix + "fleet"
 
     @property
     def fingerprint(self) -> str:

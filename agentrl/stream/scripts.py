@@ -207,6 +207,72 @@ return {'OK', '0'}
 """
 )
 
+LEASE: Final = (
+    _ALLOW_OOM
+    + """
+-- KEYS leases lease_owners closed stats | ARGV owner want budget consumed_groups ttl_ms is_first
+local owner, want, expires = ARGV[1], tonumber(ARGV[2]), 0
+local time = redis.call('TIME')
+local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+expires = now + tonumber(ARGV[5])
+local taken, idle = {}, {}
+local function take(ordinal)
+  redis.call('ZADD', KEYS[1], expires, ordinal)
+  redis.call('HSET', KEYS[2], ordinal, owner)
+  taken[#taken + 1] = tostring(ordinal)
+end
+-- There are at most `budget` leases, so walking over them is cheap.
+local leases = redis.call('ZRANGE', KEYS[1], 0, -1, 'WITHSCORES')
+for i = 1, #leases, 2 do
+  local ordinal = tonumber(leases[i])
+  if redis.call('GETBIT', KEYS[3], ordinal) == 1 then
+    redis.call('ZREM', KEYS[1], leases[i])
+    redis.call('HDEL', KEYS[2], leases[i])
+  elseif ARGV[6] == '1' and redis.call('HGET', KEYS[2], leases[i]) == owner then
+    redis.call('ZADD', KEYS[1], 0, leases[i])
+    idle[#idle + 1] = ordinal
+  elseif tonumber(leases[i + 1]) < now then
+    idle[#idle + 1] = ordinal
+  end
+end
+table.sort(idle)
+for _, ordinal in ipairs(idle) do
+  if #taken >= want then break end
+  take(ordinal)
+end
+local ahead = redis.call('ZCARD', KEYS[1]) + tonumber(redis.call('HGET', KEYS[4], 'closed_groups') or '0') - tonumber(ARGV[4])
+local room = tonumber(ARGV[3]) - ahead
+local next_ordinal = tonumber(redis.call('HGET', KEYS[2], 'next') or redis.call('BITPOS', KEYS[3], 0))
+while #taken < want and room > 0 do
+  if redis.call('GETBIT', KEYS[3], next_ordinal) == 0 and not redis.call('ZSCORE', KEYS[1], next_ordinal) then
+    take(next_ordinal)
+    room = room - 1
+  end
+  next_ordinal = next_ordinal + 1
+end
+redis.call('HSET', KEYS[2], 'next', next_ordinal)
+return taken
+"""
+)
+
+RENEW: Final = (
+    _ALLOW_OOM
+    + """
+-- KEYS leases lease_owners closed | ARGV owner ttl_ms ordinals..
+local time = redis.call('TIME')
+local expires = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000) + tonumber(ARGV[2])
+local lost = {}
+for i = 3, #ARGV do
+  if redis.call('HGET', KEYS[2], ARGV[i]) == ARGV[1] then
+    redis.call('ZADD', KEYS[1], 'XX', expires, ARGV[i])
+  elseif redis.call('GETBIT', KEYS[3], ARGV[i]) == 0 then
+    lost[#lost + 1] = ARGV[i]
+  end
+end
+return lost
+"""
+)
+
 FINGERPRINT: Final = (
     _ALLOW_OOM
     + """
