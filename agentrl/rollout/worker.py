@@ -59,6 +59,18 @@ class GroupSink(TrajectorySink, Protocol):
         ...
 
 
+class Leases(Protocol):
+    """Deals the tasks of a run to its rollout processes, under the budget of the whole run."""
+
+    async def claim(self, want: int, *, consumed_groups: int) -> list[int]:
+        """Up to ``want`` ordinals for this process; none while the run is as far ahead of the learner as it may be."""
+        ...
+
+    def release(self, ordinal: int) -> None:
+        """This process plays the group no longer."""
+        ...
+
+
 class RolloutWorker:
     """Starts groups as admission allows and keeps ``in_flight`` rollouts running.
 
@@ -78,6 +90,7 @@ class RolloutWorker:
         on_trajectory: told of each trajectory just before it goes onto the stream; must be quick.
         on_failure: told of each failed attempt: its id, the error (whose ``partial`` may hold what was rolled out).
         paused: a wait reason while no new group may start, else None; ``Toolbox.blocked`` is one.
+        leases: where other processes play groups of the same run too; without it, this one plays all of them.
         last_ordinal: stop before this ordinal; None never stops.
         poll_s: how often progress is read while blocked.
     """
@@ -100,13 +113,17 @@ class RolloutWorker:
         on_trajectory: Callable[[Trajectory, Episode | None], None] | None = None,
         on_failure: Callable[[str, RolloutError], None] | None = None,
         paused: Callable[[], str | None] | None = None,
+        leases: Leases | None = None,
         last_ordinal: int | None = None,
         poll_s: float = 0.05,
     ) -> None:
         self._budget = group_budget(groups_per_step=groups_per_step, max_staleness=max_staleness, pipeline_depth=pipeline_depth)
         if in_flight < 1 or group_size < 1 or attempts < 1:
             raise ValueError(f"in_flight={in_flight}, group_size={group_size} and attempts={attempts} must be at least 1")
+        if leases is not None and last_ordinal is not None:
+            raise ValueError(f"last_ordinal={last_ordinal} ends the run of a single process; leave it out with leases")
         self._task_at = task_at
+        self._leases = leases
         self._sink = sink
         self._read_progress = read_progress
         self._rollout = rollout
@@ -155,8 +172,9 @@ class RolloutWorker:
                         self._say(reason if room == 0 else "", waits)
                         if room == 0:
                             await self._sleep()
-                        else:
-                            await self._start(groups, room)
+                        elif not await self._start(groups, room):
+                            self._say("trainer", waits)
+                            await self._sleep()
                     self._say("group" if self._groups else "", waits)
                 self._say("", waits)
         finally:
@@ -256,20 +274,33 @@ class RolloutWorker:
             return 0, f"failing:{self._last_failure}"
         return (1, "") if self._breaker.is_open else (room, "")
 
-    async def _start(self, groups: asyncio.TaskGroup, room: int) -> None:
+    async def _start(self, groups: asyncio.TaskGroup, room: int) -> bool:
+        """Whether there was anything to start."""
+        ordinals = await self._deal(room)
+        for ordinal in ordinals:
+            self._unfinished[ordinal] = self._plan.size
+            task = groups.create_task(self._group(ordinal), name=f"group {ordinal}")
+            self._groups[ordinal] = task
+            task.add_done_callback(lambda _, ordinal=ordinal: self._forget(ordinal))
+        return self._leases is None or bool(ordinals)
+
+    async def _deal(self, room: int) -> list[int]:
+        """The next ordinals that are this process's to play."""
+        if self._leases is not None:
+            assert self._progress is not None
+            dealt = await self._leases.claim(room, consumed_groups=self._progress.consumed_groups)
+            self._next = max([self._next, *(ordinal + 1 for ordinal in dealt)])
+            return [ordinal for ordinal in dealt if ordinal not in self._groups]
         ordinals = range(self._next, self._next + room)
         if self._last_ordinal is not None:
             ordinals = range(self._next, min(ordinals.stop, self._last_ordinal))
         closed = await self._sink.is_closed(ordinals)
         self._next = ordinals.stop
-        for ordinal in ordinals:
-            if ordinal not in closed:
-                self._unfinished[ordinal] = self._plan.size
-                task = groups.create_task(self._group(ordinal), name=f"group {ordinal}")
-                self._groups[ordinal] = task
-                task.add_done_callback(lambda _, ordinal=ordinal: self._forget(ordinal))
+        return [ordinal for ordinal in ordinals if ordinal not in closed]
 
     def _forget(self, ordinal: int) -> None:
+        if self._leases is not None:
+            self._leases.release(ordinal)
         self._groups.pop(ordinal, None)
         self._unfinished.pop(ordinal, None)
         self._wake.set()

@@ -160,11 +160,18 @@ async def retry_async(
 ) -> T:
     """``retry`` for asyncio. ``on_wait("stream:down", seconds)`` is called before every pause."""
     pauses = Pauses(what, patience_s)
+    task = asyncio.current_task()
+    cancellations = task.cancelling() if task is not None else 0
     while True:
         try:
-            return await call()
+            result = await call()
         except (RedisError, OSError) as error:
             pause = pauses.after(error)
+        else:
+            # redis-py sends under `asyncio.wait_for`, which before Python 3.12 forgets a cancellation that meets its result.
+            if task is not None and task.cancelling() > cancellations:
+                raise asyncio.CancelledError
+            return result
         if on_wait is not None:
             on_wait("stream:down", pauses.waited_s)
         await asyncio.sleep(pause)

@@ -2,21 +2,29 @@
 
 import asyncio
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import pytest_asyncio
 import redis.asyncio
 
+from agentrl.rollout.worker import RolloutWorker
 from agentrl.stream.keys import Keys
 from agentrl.stream.leases import TaskLeases
+from agentrl.stream.policy import read_progress
 from agentrl.stream.producer import TrajectoryProducer
 from agentrl.stream.server import EmbeddedServer, connect_async, ensure
-from agentrl.types import GroupClose
+from agentrl.testing.stream_doubles import make_trajectory
+from agentrl.types import GroupClose, Task
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.asyncio]
 
 KEYS = Keys("leases")
+BUDGET = 8
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +102,76 @@ async def test_leasing_begins_where_a_run_of_one_process_stopped(client: redis.a
     await close(client, 0, 1, 2, 4)
     leases = TaskLeases(client, KEYS, owner="a", budget=100)
     assert await leases.claim(3, consumed_groups=4) == [3, 5, 6]
+
+
+def worker(client: redis.asyncio.Redis, owner: str, play: Callable[[], Awaitable[None]], *, ttl_s: float = 30.0) -> RolloutWorker:
+    async def rollout(task: Task, trajectory_id: str, group_id: str, ordinal: int, sample: int, attempt: int) -> Any:
+        await play()
+        made = make_trajectory(ordinal, sample, attempt=attempt)
+        return replace(made, id=trajectory_id, task_id=task.id, group_id=group_id), None
+
+    return RolloutWorker(
+        task_at=lambda ordinal: Task(id=f"t{ordinal}", prompt=[], data_source="d"),
+        sink=TrajectoryProducer(client, KEYS),
+        read_progress=partial(read_progress, client, KEYS),
+        rollout=rollout,
+        group_size=2,
+        groups_per_step=4,
+        max_staleness=1,
+        pipeline_depth=1,
+        in_flight=4,
+        leases=TaskLeases(client, KEYS, owner=owner, budget=BUDGET, ttl_s=ttl_s),
+        poll_s=0.01,
+    )
+
+
+async def test_workers_that_are_killed_and_restarted_play_every_group_once_and_never_run_ahead_together(
+    client: redis.asyncio.Redis,
+) -> None:
+    """A learner that takes one step of four groups at a time; three workers; one is killed again and again."""
+    ahead: list[int] = []
+
+    async def play() -> None:
+        state = await read_progress(client, KEYS)
+        live = int(await client.zcount(KEYS.leases, "-inf", "+inf"))
+        ahead.append(state.closed_groups - state.consumed_groups)
+        assert live <= BUDGET
+        await asyncio.sleep(0.01)
+
+    steady = [asyncio.create_task(worker(client, f"steady-{i}", play).run()) for i in range(2)]
+    victim = asyncio.create_task(worker(client, "victim", play).run())
+    async with asyncio.timeout(30):
+        for step in range(1, 11):
+            while (await read_progress(client, KEYS)).closed_groups < 4 * step:
+                await asyncio.sleep(0.01)
+                if step % 3 == 0 and not victim.done():
+                    victim.cancel()
+                    await asyncio.gather(victim, return_exceptions=True)
+                    victim = asyncio.create_task(worker(client, "victim", play).run())
+            await client.hset(KEYS.progress, mapping={"run_epoch": 1, "version": step, "consumed_groups": 4 * step})
+    for task in (*steady, victim):
+        task.cancel()
+    await asyncio.gather(*steady, victim, return_exceptions=True)
+    assert max(ahead) <= BUDGET
+    producer = TrajectoryProducer(client, KEYS)
+    assert await producer.is_closed(range(36)) == set(range(36)), "in order but for the pipeline: nothing was skipped"
+    entries = [fields[b"t"].decode() for _, fields in await client.xrange(KEYS.traj) if fields[b"k"] == b"t"]
+    assert len(entries) == len(set(entries)), "no trajectory twice"
+    per_group = Counter(entry.rsplit("/", 2)[0] for entry in entries)
+    assert {f"t{o}/{o}": 2 for o in range(36)}.items() <= per_group.items()
+
+
+async def test_cancelling_a_process_that_talks_to_the_stream_all_the_time_always_ends_it(client: redis.asyncio.Redis) -> None:
+    """redis-py's own `wait_for` loses about every second of these cancellations before Python 3.12."""
+
+    async def talk() -> None:
+        while True:
+            await read_progress(client, KEYS)
+
+    for _ in range(50):
+        talking = asyncio.create_task(talk())
+        await asyncio.sleep(0.005)
+        talking.cancel()
+        async with asyncio.timeout(5):
+            await asyncio.gather(talking, return_exceptions=True)
+        assert talking.cancelled()
