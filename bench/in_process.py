@@ -170,6 +170,7 @@ def train(
         batches = BatchBuilder(
             groups_per_step=config.learn.groups, max_staleness=staleness, zero_spread=config.learn.zero_spread,
             min_group_size=1 if config.learn.advantage in GROUPLESS_ADVANTAGES else 2,
+            needs_baseline=config.learn.needs_greedy_baseline,
         )  # fmt: skip
         for group in rig.groups(weights[0], version=learner.policy_version - len(weights) + 1, step=step):
             batches.add(group)
@@ -212,8 +213,12 @@ class _Rig:
         rollouts = [
             self._rollout(task, f"{task.id}/{o}/{i}/0", f"{task.id}/{o}", o, i, 0) for o, task in tasks for i in range(size)
         ]
-        members = [trajectory for trajectory, _ in asyncio.run(self._sampler.play(rollouts))]
-        return [_closed(o, task, members[i * size : (i + 1) * size]) for i, (o, task) in enumerate(tasks)]
+        if self._config.learn.needs_greedy_baseline:
+            rollouts += [self._greedy(task, f"{task.id}/{o}/{size}/0", f"{task.id}/{o}", o, size, 0) for o, task in tasks]
+        played = [trajectory for trajectory, _ in asyncio.run(self._sampler.play(rollouts))]
+        members, greedy = played[: count * size], played[count * size :]
+        baselines: list[float | None] = [t.reward for t in greedy] or [None] * count
+        return [_closed(o, task, members[i * size : (i + 1) * size], baselines[i]) for i, (o, task) in enumerate(tasks)]
 
     def evaluate(self, run: Run, weights: dict[str, torch.Tensor], *, greedy: bool) -> None:
         """Success on the same held-out tasks every time."""
@@ -226,10 +231,11 @@ class _Rig:
             found.append(sum(rewards) / len(rewards))
 
 
-def _closed(ordinal: int, task: Task, members: Sequence[Trajectory]) -> TrajectoryGroup:
+def _closed(ordinal: int, task: Task, members: Sequence[Trajectory], baseline: float | None) -> TrajectoryGroup:
     close = GroupClose(
-        group_id=f"{task.id}/{ordinal}", task_id=task.id, ordinal=ordinal, size=len(members), members=tuple(t.id for t in members)
-    )
+        group_id=f"{task.id}/{ordinal}", task_id=task.id, ordinal=ordinal, size=len(members),
+        members=tuple(t.id for t in members), baseline=baseline,
+    )  # fmt: skip
     return TrajectoryGroup(close, tuple(members))
 
 

@@ -32,6 +32,7 @@ from agentrl.learner.loop import run_learning
 from agentrl.learner.lora import LoraSettings
 from agentrl.learner.optim import OptimizerSettings
 from agentrl.learner.settings import (
+    BASELINE_ADVANTAGES,
     GROUPLESS_ADVANTAGES,
     CriticSettings,
     KLSettings,
@@ -100,6 +101,7 @@ def _learn(config: Config, directory: RunDir) -> None:
             staleness_policy=config.learn.on_stale,
             zero_spread=config.learn.zero_spread,
             min_group_size=1 if config.learn.advantage in GROUPLESS_ADVANTAGES else min(2, config.serve.n),
+            needs_baseline=config.learn.advantage in BASELINE_ADVANTAGES,
         )
         loop = partial(
             run_learning, batches=batches, learner=learner, checkpoints=checkpoints, publisher=publisher,

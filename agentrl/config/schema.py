@@ -266,7 +266,7 @@ class LearnConfig(Section):
     zero_spread: Literal["keep", "drop", "refill"] = "drop"
     """Groups whose rewards are all equal: keep them, drop them from the batch, or draw others in their place (DAPO)."""
     advantage: str = "grpo"
-    """Advantage estimator, see ``agentrl.algorithms.advantages``."""
+    """Advantage estimator, see ``agentrl.algorithms.advantages``. With ``remax``, ``serve`` adds one greedy rollout to each group."""
     advantage_params: dict[str, Any] = {}
     """Its parameters."""
     loss: str = "ppo"
@@ -378,6 +378,11 @@ class LearnConfig(Section):
         if self.critic is None and self.advantage == "gae":
             raise ValueError("learn.advantage=gae needs values: add a `critic:` section under learn, or use grpo or rloo")
         return self
+
+    @property
+    def needs_greedy_baseline(self) -> bool:
+        """Whether ``serve`` plays one greedy rollout per group, whose reward the estimator takes off."""
+        return self.advantage == "remax"
 
     @property
     def off_policy_mode(self) -> Literal["bypass", "decoupled", "pure"]:
