@@ -6,9 +6,10 @@ the same settings. Only the engine differs: `LocalSampler` is a plain batched lo
 """
 
 import asyncio
+import json
 import time
 from collections import deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +32,7 @@ from agentrl.types import Generation, GroupClose, SamplingParams, Task, Trajecto
 
 SFT_STEPS, SFT_BATCH = 1100, 16
 """The quickstart's cold start."""
-EVAL_TASKS = 96
+EVAL_TASKS = 64
 
 
 class LocalSampler:
@@ -196,6 +197,7 @@ class _Rig:
     def __init__(self, config: Config, learner: Learner) -> None:
         self._config, self._learner = config, learner
         tokenizer = load_tokenizer(config)
+        tokenizer.apply_chat_template = _remembered(tokenizer.apply_chat_template)  # siblings ask for the same text
         toolbox = build_toolbox(config, tokenizer, sandbox_url=None)
         self._sampler = LocalSampler(Path(config.model.path), seed=config.run.seed)
         parts: Any = (config, self._sampler, build_template(config, tokenizer, toolbox), toolbox, build_scorer(config))
@@ -237,6 +239,18 @@ def _closed(ordinal: int, task: Task, members: Sequence[Trajectory], baseline: f
         members=tuple(t.id for t in members), baseline=baseline,
     )  # fmt: skip
     return TrajectoryGroup(close, tuple(members))
+
+
+def _remembered(render: Callable[..., str]) -> Callable[..., str]:
+    known: dict[str, str] = {}
+
+    def remembered(messages: Any, **options: Any) -> str:
+        key = json.dumps([messages, options], sort_keys=True)
+        if key not in known:
+            known[key] = render(messages, **options)
+        return known[key]
+
+    return remembered
 
 
 def _weights(learner: Learner) -> dict[str, torch.Tensor]:

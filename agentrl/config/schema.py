@@ -254,7 +254,16 @@ class LearnConfig(Section):
     groups: PositiveInt = 32
     """Groups per step."""
     ranks: PositiveInt = 1
-    """Learner processes (FSDP2 ranks) on this machine; started with torchrun when above 1."""
+    """Learner processes (FSDP2 ranks); started as ``launcher`` says when above 1."""
+    launcher: Literal["local", "ray"] = "local"
+    """``local``: processes on this machine, with torchrun. ``ray``: workers of Ray Train, on this machine or a cluster, started again
+    from the last checkpoint when one dies (needs the extra ``ray``)."""
+    ray_address: str | None = None
+    """Cluster that ``launcher=ray`` joins; default ``RAY_ADDRESS``, else a Ray of its own on this machine."""
+    max_failures: NonNegativeInt = 3
+    """Times that ``launcher=ray`` starts failed ranks again."""
+    rank_timeout_s: PositiveFloat = 1800.0
+    """How long a rank waits for the others in one exchange before it gives up; above the longest checkpoint and step."""
     threads: PositiveInt = 1
     """OpenMP threads per rank."""
     max_staleness: NonNegativeInt = 4
