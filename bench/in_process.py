@@ -157,9 +157,7 @@ class Run:
     cpu_seconds: float
 
 
-def train(
-    config: Config, *, team: Team, staleness: int, steps: int, eval_every: int, log_every: int = 0
-) -> Run:
+def train(config: Config, *, team: Team, staleness: int, steps: int, eval_every: int, log_every: int = 0) -> Run:
     """Train for ``steps`` on data that is exactly ``staleness`` versions old (less in the first steps)."""
     started, cpu_started = time.perf_counter(), time.process_time()
     learner = build_learner(config, team=team)
@@ -202,7 +200,9 @@ class _Rig:
         self._sampler = LocalSampler(Path(config.model.path), seed=config.run.seed)
         parts: Any = (config, self._sampler, build_template(config, tokenizer, toolbox), toolbox, build_scorer(config))
         self._rollout = rollout_function(*parts)
-        self._greedy = rollout_function(*parts, sampling=SamplingParams(max_new_tokens=config.serve.tokens_per_turn, temperature=0.0))
+        self._greedy = rollout_function(
+            *parts, sampling=SamplingParams(max_new_tokens=config.serve.tokens_per_turn, temperature=0.0)
+        )
         generate = load_object("envs.arithmetic:generate_tasks")
         self._tasks: list[Task] = generate(4096, config.run.seed)
         self._held_out: list[Task] = generate(EVAL_TASKS, 0, "val")

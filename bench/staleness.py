@@ -52,13 +52,22 @@ def run(o: argparse.Namespace) -> None:
         if (seed, staleness, mode) in done or (o.seed is not None and seed != o.seed):
             continue
         model = cold_start(o.models, seed=seed, team=team)
-        settings = [f"learn.lr={o.lr}", "learn.schedule=constant", "learn.minibatches=2", f"learn.groups={o.groups}", *MODES[mode]]
+        settings = [
+            f"learn.lr={o.lr}",
+            "learn.schedule=constant",
+            "learn.minibatches=2",
+            f"learn.groups={o.groups}",
+            *MODES[mode],
+        ]
         config = quickstart_config(model, settings, seed=seed)
         found = train(config, team=team, staleness=staleness, steps=o.steps, eval_every=o.eval_every, log_every=o.log_every)
         with results.open("a") as file:
             arm = {"seed": seed, "staleness": staleness, "mode": mode, "lr": o.lr, "groups": o.groups, "steps": o.steps}
             file.write(json.dumps(arm | asdict(found)) + "\n")
-        print(f"seed {seed} staleness {staleness} {mode}: {found.sampled[0]:.3f} -> {found.sampled[-1]:.3f}, {found.cpu_seconds:.0f} CPU-s", flush=True)
+        print(
+            f"seed {seed} staleness {staleness} {mode}: {found.sampled[0]:.3f} -> {found.sampled[-1]:.3f}, {found.cpu_seconds:.0f} CPU-s",
+            flush=True,
+        )
     stop_team()
 
 
@@ -96,7 +105,7 @@ def picture(cells: Mapping[tuple[int, str], list[dict[str, Any]]], path: Path) -
 
     figure, panels = plt.subplots(1, len(STALENESS), figsize=(14, 3.8), sharey=True)
     for panel, k in zip(panels, STALENESS, strict=True):
-        for (mode, color) in zip(MODES, ("tab:red", "tab:blue", "tab:green", "tab:purple"), strict=True):
+        for mode, color in zip(MODES, ("tab:red", "tab:blue", "tab:green", "tab:purple"), strict=True):
             runs = cells[k, mode]
             if not runs:
                 continue

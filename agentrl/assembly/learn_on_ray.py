@@ -128,7 +128,9 @@ def _trainer(config: Config, directory: RunDir, url: str, resources: Mapping[str
         _rank,
         train_loop_config=settings,
         scaling_config=ScalingConfig(
-            num_workers=learn.ranks, use_gpu=use_gpu, resources_per_worker={"CPU": learn.threads, **({"GPU": 1} if use_gpu else {})}
+            num_workers=learn.ranks,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": learn.threads, **({"GPU": 1} if use_gpu else {})},
         ),
         run_config=RunConfig(
             name=config.run.name,

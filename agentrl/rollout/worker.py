@@ -324,7 +324,14 @@ class RolloutWorker:
             self._counts["groups_without_baseline"] += close.baseline is None
 
     async def _timed(
-        self, rollout: RolloutFunction, task: Task, trajectory_id: str, group_id: str, ordinal: int, sample_index: int, attempt: int
+        self,
+        rollout: RolloutFunction,
+        task: Task,
+        trajectory_id: str,
+        group_id: str,
+        ordinal: int,
+        sample_index: int,
+        attempt: int,
     ) -> tuple[Trajectory, Episode | None]:
         self._running[trajectory_id] = time.monotonic()
         try:

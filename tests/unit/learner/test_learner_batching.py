@@ -54,7 +54,13 @@ def test_a_group_without_its_greedy_baseline_is_counted_as_failed_and_fills_no_p
         b.add(dataclasses.replace(group, close=dataclasses.replace(group.close, baseline=baseline)))
     assert b.is_full(0)
     batch = b.build(0)
-    assert sorted(batch.outcomes.values()) == ["failed:deadline", "failed:no_baseline", "failed:no_baseline", "trained", "trained"]
+    assert sorted(batch.outcomes.values()) == [
+        "failed:deadline",
+        "failed:no_baseline",
+        "failed:no_baseline",
+        "trained",
+        "trained",
+    ]
     assert [row.baseline for row in batch.rows] == [0.0, 1.0]
 
 

@@ -19,7 +19,10 @@ PAIR = Team(rank=1, world_size=2, device=torch.device("cpu"))
     ],
 )
 def test_a_collectives_failure_becomes_a_lost_rank(text: str) -> None:
-    with pytest.raises(RankLost, match=r"rank 1 of 2 .*learn\.rank_timeout_s=7") as caught, explaining_lost_ranks(PAIR, timeout_s=7):
+    with (
+        pytest.raises(RankLost, match=r"rank 1 of 2 .*learn\.rank_timeout_s=7") as caught,
+        explaining_lost_ranks(PAIR, timeout_s=7),
+    ):
         raise RuntimeError(text)
     assert text in str(caught.value)
 
