@@ -49,15 +49,16 @@ def put(url: str, groups: Sequence[TrajectoryGroup]) -> None:
     asyncio.run(go())
 
 
-def test_a_killed_rank_comes_back_with_the_others_and_nothing_is_trained_twice(url: str, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_killed_rank_comes_back_with_the_others_nothing_is_trained_twice_and_sigterm_saves(url: str, tmp_path: Path) -> None:
     pytest.importorskip("ray.train.torch", reason="needs the extra `ray`")
-    steps, groups = 6, [random_group(g, size=2) for g in range(12)]
+    groups = [random_group(g, size=2) for g in range(14)]
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump({
         "run": {"name": "test", "dir": str(tmp_path / "runs")}, "model": {"path": str(tiny_dir(tmp_path))},
         "queue": {"url": url}, "env": "envs.arithmetic:Arithmetic",
         "learn": {
-            "launcher": "ray", "ranks": 2, "max_failures": 1, "steps": steps, "groups": 2, "save_every": 2, "max_staleness": 100,
+            "launcher": "ray", "ranks": 2, "max_failures": 1, "steps": 100, "groups": 2, "save_every": 2, "max_staleness": 100,
             "lr": 1.0e-3, "rank_timeout_s": 120, "stall_timeout_s": 120,
         },
     }))  # fmt: skip
@@ -85,6 +86,8 @@ def test_a_killed_rank_comes_back_with_the_others_and_nothing_is_trained_twice(u
         (victim,) = (e["pid"] for e in directory.processes() if e["role"] == "learn-rank-1")
         os.kill(victim, signal.SIGKILL)
         put(url, groups[6:])
+        wait_for(lambda: len(directory.read_metrics()) >= 7, "step 7")  # behind the checkpoint of step 6
+        process.terminate()
         assert process.wait(150) == 0, said()
     finally:
         if process.poll() is None:
@@ -94,13 +97,13 @@ def test_a_killed_rank_comes_back_with_the_others_and_nothing_is_trained_twice(u
 
     events = [e["event"] for e in read_jsonl(directory.events)]
     assert events.count("learn_ranks_started") == 2, said()
-    assert [m["step"] for m in directory.read_metrics()] == list(range(1, steps + 1))
+    assert [m["step"] for m in directory.read_metrics()] == [1, 2, 3, 4, 5, 6, 7]
     trained = [entry["id"] for entry in read_jsonl(directory.checkpoints / "latest" / "trained_ids.jsonl")]
     assert sorted(trained) == sorted(t.id for g in groups for t in g)
     assert directory.processes() == []
     with connect(url, role="audit") as client:
         ledger = read_ledger(client, Keys("test"))
-        assert (ledger.trained, ledger.closes) == (24, True)
+        assert (ledger.trained, ledger.closes) == (28, True)
         assert client.xlen(Keys("test").traj) == 0
 
 
