@@ -10,6 +10,7 @@
     ├── CheckpointError        a checkpoint is missing, torn or does not fit
     ├── WeightSyncError        a server could not be brought to the announced policy
     ├── TrainingDiverged       gradients stayed non-finite; the weights are the last finite ones
+    ├── RankLost               another rank of the learner died or did not come in time
     ├── StalledError           nothing moved for too long; names the stage
     └── RolloutError           one rollout failed; its siblings go on
         ├── ToolError          the model's mistake: the text is shown to the model
@@ -62,6 +63,10 @@ class WeightSyncError(AgentRLError):
 
 class TrainingDiverged(AgentRLError):
     """Gradients were not finite several updates in a row; the weights are those of the last finite update."""
+
+
+class RankLost(AgentRLError):
+    """A collective of the learner's ranks failed: another rank died, or did not join it in time."""
 
 
 class StalledError(AgentRLError):

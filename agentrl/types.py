@@ -182,6 +182,8 @@ class GroupClose:
     """Ids of the trajectories on the stream."""
     failed: Mapping[str, str] = field(default_factory=dict[str, str])
     """Trajectory id -> reason, for rollouts that produced nothing to train on."""
+    baseline: float | None = None
+    """Reward of one greedy rollout of the task, where the estimator compares with it (remax); that rollout is not a member."""
 
     @property
     def id(self) -> str:

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from types import FrameType
@@ -23,15 +23,17 @@ from agentrl.assembly.parts import (
 from agentrl.assembly.run import refuse_if_active
 from agentrl.assembly.watchdog import LearnStatus, Watchdog
 from agentrl.config import Config, dump_config
-from agentrl.errors import StalledError
+from agentrl.errors import ConfigError, StalledError
 from agentrl.learner.batching import BatchBuilder
 from agentrl.learner.checkpoint import Checkpoints
 from agentrl.learner.distributed import Team, start_team, stop_team
 from agentrl.learner.learner import Learner
 from agentrl.learner.loop import run_learning
 from agentrl.learner.lora import LoraSettings
+from agentrl.learner.lost_ranks import explaining_lost_ranks
 from agentrl.learner.optim import OptimizerSettings
 from agentrl.learner.settings import (
+    BASELINE_ADVANTAGES,
     GROUPLESS_ADVANTAGES,
     CriticSettings,
     KLSettings,
@@ -56,9 +58,12 @@ PLACEHOLDER_URL = "http://127.0.0.1:9"
 
 
 def main(config: Config, arguments: Sequence[str]) -> None:
-    """Learn until ``learn.steps`` or SIGTERM. With ``learn.ranks`` above 1, become the parent of a torchrun."""
+    """Learn until ``learn.steps`` or SIGTERM. With ``learn.ranks`` above 1, become the parent of a torchrun, or a Ray driver."""
     check_learning(config)
-    if config.learn.ranks > 1 and "RANK" not in os.environ:
+    on_ray = config.learn.launcher == "ray"
+    if on_ray and "RANK" in os.environ:
+        raise ConfigError("learn.launcher=ray starts the ranks itself: give `agentrl learn` to Ray or to torchrun, not to both")
+    if config.learn.ranks > 1 and not on_ray and "RANK" not in os.environ:
         sys.exit(_torchrun(config.learn.ranks, arguments))
     directory = run_dir_of(config).create()
     if int(os.environ.get("RANK", "0")) == 0:
@@ -67,7 +72,13 @@ def main(config: Config, arguments: Sequence[str]) -> None:
             directory.config.write_text(dump_config(config))
         directory.register("learn")
     try:
-        _learn(config, directory)
+        if on_ray:
+            from agentrl.assembly.learn_on_ray import learn_with_ray
+
+            learn_with_ray(config, directory)
+        else:
+            stop = StopFlag()
+            learn_as_rank(config, directory, should_stop=lambda: stop.requested)
     finally:
         if int(os.environ.get("RANK", "0")) == 0:
             directory.deregister("learn")
@@ -82,11 +93,20 @@ def _torchrun(ranks: int, arguments: Sequence[str]) -> int:
     return process.wait()
 
 
-def _learn(config: Config, directory: RunDir) -> None:
-    stop = _StopFlag()
-    team = start_team()
+def learn_as_rank(config: Config, directory: RunDir, *, should_stop: Callable[[], bool]) -> None:
+    """Learn as one rank, whoever started it.
+
+    Args:
+        should_stop: asked on rank 0, between steps and while waiting; True ends the run with a checkpoint.
+
+    Raises:
+        RankLost: another rank died or did not come within ``learn.rank_timeout_s``.
+        StalledError: learning ended before ``learn.steps`` although nobody asked for it.
+    """
+    team = start_team(timeout_s=config.learn.rank_timeout_s)
     with ExitStack() as stack:
         stack.callback(stop_team)
+        stack.enter_context(explaining_lost_ranks(team, timeout_s=config.learn.rank_timeout_s))
         status: LearnStatus | None = None
         if team.is_main:
             status = stack.enter_context(LearnStatus(directory, watchdog=Watchdog(directory, config)))
@@ -100,11 +120,12 @@ def _learn(config: Config, directory: RunDir) -> None:
             staleness_policy=config.learn.on_stale,
             zero_spread=config.learn.zero_spread,
             min_group_size=1 if config.learn.advantage in GROUPLESS_ADVANTAGES else min(2, config.serve.n),
+            needs_baseline=config.learn.advantage in BASELINE_ADVANTAGES,
         )
         loop = partial(
             run_learning, batches=batches, learner=learner, checkpoints=checkpoints, publisher=publisher,
             num_steps=config.learn.steps, save_every=config.learn.save_every, ack_at=config.queue.ack_at,
-            prefetch=config.learn.prefetch, should_stop=lambda: stop.requested, stall_timeout_s=config.learn.stall_timeout_s, resume=config.learn.resume,
+            prefetch=config.learn.prefetch, should_stop=should_stop, stall_timeout_s=config.learn.stall_timeout_s, resume=config.learn.resume,
         )  # fmt: skip
         if status is None:
             loop(None, announce=lambda record, consumed: None)
@@ -120,7 +141,7 @@ def _learn(config: Config, directory: RunDir) -> None:
             version = loop(source, announce=source.announce, on_step=report.step, on_wait=source.wait)
             report.close()
             directory.event("learn_ended", version=version, complete=version >= config.learn.steps)
-        if version < config.learn.steps and not stop.requested:
+        if version < config.learn.steps and not should_stop():
             raise StalledError(f"learning ended at version {version} of {config.learn.steps}")
 
 
@@ -292,7 +313,7 @@ class _Report:
             tracker.close()
 
 
-class _StopFlag:
+class StopFlag:
     """SIGTERM or Ctrl-C: finish the step, checkpoint, acknowledge, leave."""
 
     def __init__(self) -> None:

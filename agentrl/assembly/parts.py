@@ -200,6 +200,7 @@ def fingerprint(config: Config, tokenizer: Any, schemas: Sequence[Mapping[str, A
         "tools": _digest(list(schemas)),
         "temperature": str(config.serve.temperature),
         "group_size": str(config.serve.n),
+        "greedy_baseline": str(config.learn.needs_greedy_baseline),
         "groups_per_step": str(config.learn.groups),
         "seed": str(config.run.seed),
     }

@@ -142,6 +142,9 @@ async def _rollouts(config: Config, directory: RunDir) -> AsyncGenerator[tuple[R
                     sink=producer,
                     read_progress=_AdoptedProgress(partial(read_progress, client, keys), reconciler),
                     rollout=rollout_function(config, manager, template, toolbox, scorer),
+                    baseline=greedy_rollout_function(config, manager, template, toolbox, scorer)
+                    if config.learn.needs_greedy_baseline
+                    else None,
                     group_size=config.serve.n,
                     groups_per_step=config.learn.groups,
                     max_staleness=config.learn.max_staleness,
@@ -237,6 +240,14 @@ def rollout_function(
         )
 
     return rollout
+
+
+def greedy_rollout_function(
+    config: Config, manager: AsyncLLMServerManager, template: ChatTemplate, toolbox: Toolbox, scorer: Scorer
+) -> RolloutFunction:
+    """The same rollout without chance: what remax compares a sampled one with."""
+    greedy = SamplingParams(max_new_tokens=config.serve.tokens_per_turn, temperature=0.0)
+    return rollout_function(config, manager, template, toolbox, scorer, sampling=greedy)
 
 
 @asynccontextmanager

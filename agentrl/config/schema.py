@@ -254,7 +254,16 @@ class LearnConfig(Section):
     groups: PositiveInt = 32
     """Groups per step."""
     ranks: PositiveInt = 1
-    """Learner processes (FSDP2 ranks) on this machine; started with torchrun when above 1."""
+    """Learner processes (FSDP2 ranks); started as ``launcher`` says when above 1."""
+    launcher: Literal["local", "ray"] = "local"
+    """``local``: processes on this machine, with torchrun. ``ray``: workers of Ray Train, on this machine or a cluster, started again
+    from the last checkpoint when one dies (needs the extra ``ray``)."""
+    ray_address: str | None = None
+    """Cluster that ``launcher=ray`` joins; default ``RAY_ADDRESS``, else a Ray of its own on this machine."""
+    max_failures: NonNegativeInt = 3
+    """Times that ``launcher=ray`` starts failed ranks again."""
+    rank_timeout_s: PositiveFloat = 1800.0
+    """How long a rank waits for the others in one exchange before it gives up; above the longest checkpoint and step."""
     threads: PositiveInt = 1
     """OpenMP threads per rank."""
     max_staleness: NonNegativeInt = 4
@@ -266,7 +275,7 @@ class LearnConfig(Section):
     zero_spread: Literal["keep", "drop", "refill"] = "drop"
     """Groups whose rewards are all equal: keep them, drop them from the batch, or draw others in their place (DAPO)."""
     advantage: str = "grpo"
-    """Advantage estimator, see ``agentrl.algorithms.advantages``."""
+    """Advantage estimator, see ``agentrl.algorithms.advantages``. With ``remax``, ``serve`` adds one greedy rollout to each group."""
     advantage_params: dict[str, Any] = {}
     """Its parameters."""
     loss: str = "ppo"
@@ -378,6 +387,11 @@ class LearnConfig(Section):
         if self.critic is None and self.advantage == "gae":
             raise ValueError("learn.advantage=gae needs values: add a `critic:` section under learn, or use grpo or rloo")
         return self
+
+    @property
+    def needs_greedy_baseline(self) -> bool:
+        """Whether ``serve`` plays one greedy rollout per group, whose reward the estimator takes off."""
+        return self.advantage == "remax"
 
     @property
     def off_policy_mode(self) -> Literal["bypass", "decoupled", "pure"]:

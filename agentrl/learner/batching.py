@@ -41,6 +41,8 @@ class BatchRow:
     """False: it counts in its group's statistics but its tokens are not in the loss."""
     weight: float = 1.0
     """Factor on its advantages (staleness policy ``downweight``)."""
+    baseline: float | None = None
+    """Reward of the greedy rollout of its task, where there was one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +80,7 @@ class BatchBuilder:
         zero_spread: what becomes of a group whose rewards are all equal. ``keep``: trained with zero advantage. ``drop``: fills a
             place, is not trained. ``refill``: fills no place, so the step gets ``groups_per_step`` useful groups.
         min_group_size: finished members below which a group says nothing about its task; 1 for algorithms without groups.
+        needs_baseline: a group whose greedy rollout failed cannot be trained on: its members end as ``failed:no_baseline``.
         refill_limit: groups looked at per step before training with fewer; default ``10 * groups_per_step``.
 
     Raises:
@@ -92,6 +95,7 @@ class BatchBuilder:
         staleness_policy: StalenessPolicy = "drop",
         zero_spread: ZeroSpread = "drop",
         min_group_size: int = 2,
+        needs_baseline: bool = False,
         downweight: float = 0.5,
         refill_limit: int | None = None,
     ) -> None:
@@ -110,6 +114,7 @@ class BatchBuilder:
         self._staleness_policy = staleness_policy
         self._zero_spread = zero_spread
         self._min_group_size = min_group_size
+        self._needs_baseline = needs_baseline
         self._downweight = downweight
         self._limit = refill_limit if refill_limit is not None else REFILL_FACTOR * groups_per_step
         self._groups: list[TrajectoryGroup] = []
@@ -192,6 +197,10 @@ class BatchBuilder:
                 finished.append(trajectory)
             else:
                 _count(counts, outcomes, trajectory, f"failed:{fault}")
+        if self._needs_baseline and group.close.baseline is None:
+            for trajectory in finished:
+                _count(counts, outcomes, trajectory, "failed:no_baseline")
+            return _Verdict(outcomes=outcomes, counts=counts)
         if len(finished) < self._min_group_size:
             for trajectory in finished:
                 _count(counts, outcomes, trajectory, "filtered")
@@ -211,7 +220,7 @@ class BatchBuilder:
             if excess:
                 counts["trajectories/over_stale"] += 1
             _count(counts, outcomes, trajectory, "trained" if is_trained else "stale")
-            rows.append(_Row(trajectory, staleness, is_trained, weight))
+            rows.append(_Row(trajectory, staleness, is_trained, weight, group.close.baseline))
         return _Verdict(outcomes=outcomes, counts=counts, rows=rows, is_zero_spread=is_zero_spread)
 
 
@@ -221,11 +230,13 @@ class _Row:
     staleness: int
     is_trained: bool
     weight: float
+    baseline: float | None
 
     def placed(self, group: int) -> BatchRow:
         return BatchRow(
-            trajectory=self.trajectory, group=group, staleness=self.staleness, is_trained=self.is_trained, weight=self.weight
-        )
+            trajectory=self.trajectory, group=group, staleness=self.staleness, is_trained=self.is_trained, weight=self.weight,
+            baseline=self.baseline,
+        )  # fmt: skip
 
 
 @dataclass(slots=True, kw_only=True)

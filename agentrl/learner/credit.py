@@ -77,6 +77,8 @@ def assign_credit(rows: Sequence[BatchRow], loss: LossSettings, *, kl_coef: floa
     groups = torch.tensor([row.group for row in rows])
     values = _laid_out(found.values, mask) if found.values is not None else None
     inputs = _inputs(rows, loss, mask, penalties, found)
+    if "reward_baselines" in inputs:
+        metrics["agentrl/greedy_baseline/mean"] = float(inputs["reward_baselines"].mean())
     advantages, returns = compute_advantages(
         loss.advantage, rewards=rewards, mask=mask, groups=groups, values=values, **inputs, **loss.advantage_params
     )
@@ -149,6 +151,8 @@ def _inputs(
         inputs["turn_ids"] = _laid_out(torch.from_numpy(np.concatenate([t for t, _ in turns])), mask)
         if "anchor_ids" in wanted:
             inputs["anchor_ids"] = _laid_out(torch.from_numpy(np.concatenate([s for _, s in turns])), mask)
+    if "reward_baselines" in wanted:
+        inputs["reward_baselines"] = torch.tensor([_baseline(row) for row in rows], dtype=torch.float32)
     if "reward_terms" in wanted:
         terms = reward_terms(rows, also=sorted(set(loss.advantage_params.get("reward_weights") or {}) - {OVERLONG_TERM}))
         inputs["reward_terms"] = terms | ({OVERLONG_TERM: penalties} if loss.overlong is not None else {})
@@ -158,6 +162,14 @@ def _inputs(
         inputs["old_log_probs"] = _laid_out(found.logprobs, mask)
         inputs["sum_pi_squared"] = _laid_out(found.sum_pi_squared, mask)
     return inputs
+
+
+def _baseline(row: BatchRow) -> float:
+    if row.baseline is None:
+        raise ValueError(
+            f"{row.trajectory.id} has no greedy baseline, which the estimator takes off: build the batch with needs_baseline=True."
+        )
+    return row.baseline
 
 
 def _overlong_penalties(rows: Sequence[BatchRow], loss: LossSettings) -> Tensor:

@@ -27,11 +27,11 @@ TURN_ADVANTAGES = frozenset({"turn_grpo", "turn_return", "gigpo"})
 TOKEN_STATISTICS = frozenset({"optimal_token_baseline", "tir_optimal_token_baseline"})
 """Estimators that need each token's logprob and the sum of squared probabilities, hence a forward pass before the step."""
 
-GROUPLESS_ADVANTAGES = frozenset({"gae", "reinforce_plus_plus"})
+GROUPLESS_ADVANTAGES = frozenset({"gae", "reinforce_plus_plus", "remax"})
 """Estimators that compare nothing within a group: a group of one, or one without spread, teaches them as much as any other."""
 
-UNAVAILABLE = {"remax": "greedy baseline rollouts"}
-"""Estimators that this learner cannot feed, and what they lack."""
+BASELINE_ADVANTAGES = frozenset({"remax"})
+"""Estimators that take off the reward of a greedy rollout of the same task, which comes with the group's close."""
 
 WHOLE_SEQUENCE_LOSSES = frozenset({"gspo", "geo_mean"})
 """Losses whose tokens depend on their whole row, which must therefore not be cut over micro-batches."""
@@ -171,10 +171,6 @@ def check_settings(loss: LossSettings, *, temperature: float = 1.0, has_critic: 
     _check_name("loss_agg_mode", loss.loss_agg_mode, LOSS_AGG_MODES)
     _check_parameters("advantage", loss.advantage, loss.advantage_params, advantage_parameters(loss.advantage))
     _check_parameters("policy_loss", loss.policy_loss, loss.policy_params, policy_loss_parameters(loss.policy_loss))
-    if loss.advantage in UNAVAILABLE:
-        raise ConfigError(
-            f"advantage={loss.advantage} needs {UNAVAILABLE[loss.advantage]}, which this learner does not have: use rloo or opo."
-        )
     if loss.advantage == "gae" and not has_critic:
         raise ConfigError("advantage=gae needs a critic: configure one, or use grpo, rloo or reinforce_plus_plus.")
     if has_critic and loss.advantage != "gae":
@@ -261,7 +257,7 @@ def _rehearse(loss: LossSettings) -> None:
     mask, groups = torch.ones(2, 2, dtype=torch.bool), torch.zeros(2, dtype=torch.long)
     offered: dict[str, Any] = {
         "old_log_probs": -numbers, "sum_pi_squared": numbers, "turn_ids": groups[:, None].expand(2, 2),
-        "anchor_ids": groups[:, None].expand(2, 2), "reward_terms": dict.fromkeys(loss.advantage_params.get("reward_weights") or ["a"], numbers),
+        "reward_baselines": numbers[:, 0], "anchor_ids": groups[:, None].expand(2, 2), "reward_terms": dict.fromkeys(loss.advantage_params.get("reward_weights") or ["a"], numbers),
     }  # fmt: skip
     inputs = {key: value for key, value in offered.items() if key in advantage_parameters(loss.advantage)}
     compute_advantages(

@@ -27,7 +27,7 @@ RolloutFunction: TypeAlias = Callable[[Task, str, str, int, int, int], Awaitable
 
 
 class Listener(Protocol):
-    """Told of every member's end. Called on the event loop, so it must be quick; what it raises stops the process."""
+    """Told of every member's end, and of a greedy baseline's failures. Called on the event loop, so it must be quick; what it raises stops the process."""
 
     def finished(self, trajectory: Trajectory, episode: Episode | None) -> None:
         """A trajectory is about to go onto the stream."""
@@ -58,6 +58,7 @@ class _Ends:
     put: list[str] = field(default_factory=list[str])
     held: list[tuple[Trajectory, Episode | None]] = field(default_factory=list[tuple[Trajectory, Episode | None]])
     failed: dict[str, str] = field(default_factory=dict[str, str])
+    baseline: float | None = None
 
 
 def member_id(group_id: str, sample_index: int, attempt: int) -> str:
@@ -76,6 +77,7 @@ async def run_group(
     *,
     plan: GroupPlan,
     rollout: RolloutFunction,
+    baseline: RolloutFunction | None = None,
     sink: TrajectorySink,
     permits: asyncio.Semaphore,
     already: AbstractSet[str] = frozenset(),
@@ -89,11 +91,12 @@ async def run_group(
         ordinal: the group's place in the run's task order.
         plan: size, quorum, deadline, attempts.
         rollout: plays one member.
+        baseline: plays one greedy rollout beside the members. It is no member and never on the stream: its reward is in the close.
         sink: gets each trajectory as it finishes, then the close.
         permits: one per running rollout, taken before the rollout exists.
         already: ids that an earlier process put; their members are not rolled out again.
         listener: told of every member's end.
-        on_member_end: called once per member, whatever its end.
+        on_member_end: called once per member and once for the baseline, whatever the end.
 
     Returns:
         The close that was put. ``failed`` holds a kind of error, ``group_deadline`` or ``quorum`` per missing member.
@@ -104,28 +107,40 @@ async def run_group(
     ends_at: float | None = None
 
     async def member(sample: int, until: float) -> None:
-        await _member(task, group_id, ordinal, sample, until, plan, rollout, sink, ends, listener)
+        finished = await _attempts(task, group_id, ordinal, sample, until, plan, rollout, listener, ends.failed)
+        if finished is not None:
+            await _put(finished, plan, sink, ends, listener)
+
+    async def compare(play: RolloutFunction, until: float) -> None:
+        # A failure is the listener's to count: nothing was asked of the ledger, so nothing may be recorded there.
+        finished = await _attempts(task, group_id, ordinal, plan.size, until, plan, play, listener, {})
+        ends.baseline = None if finished is None else finished[0].reward
 
     for _ in done:
         if on_member_end is not None:
             on_member_end()
     async with asyncio.TaskGroup() as members:
-        for sample in range(plan.size):
-            if sample in done:
-                continue
+        # The baseline first: the group cannot be used without it.
+        todo: list[int | None] = [*([None] if baseline is not None else []), *(s for s in range(plan.size) if s not in done)]
+        for sample in todo:
             with waiting("capacity"):
                 await permits.acquire()
             if ends_at is None:
                 ends_at = asyncio.get_running_loop().time() + plan.timeout_s
-            started = members.create_task(member(sample, ends_at), name=member_id(group_id, sample, 0))
+            if sample is None:
+                assert baseline is not None
+                started = members.create_task(compare(baseline, ends_at), name=f"{group_id}/baseline")
+            else:
+                started = members.create_task(member(sample, ends_at), name=member_id(group_id, sample, 0))
             # Not in the task's `finally`: a task that is cancelled before its first step never runs it.
             started.add_done_callback(lambda _: permits.release())
             if on_member_end is not None:
                 started.add_done_callback(lambda _: on_member_end())
     ends.failed.update({trajectory.id: "quorum" for trajectory, _ in ends.held})
     close = GroupClose(
-        group_id=group_id, task_id=task.id, ordinal=ordinal, size=plan.size, members=tuple(ends.put), failed=ends.failed
-    )
+        group_id=group_id, task_id=task.id, ordinal=ordinal, size=plan.size, members=tuple(ends.put), failed=ends.failed,
+        baseline=ends.baseline,
+    )  # fmt: skip
     if ends.failed:
         logger.info("group_closed group=%s finished=%d of=%d failed=%s", group_id, len(ends.put), plan.size, summary(ends.failed))
     with waiting("stream"):
@@ -138,7 +153,7 @@ def summary(failed: Mapping[str, str]) -> str:
     return ", ".join(f"{reason} x{count}" for reason, count in Counter(failed.values()).most_common())
 
 
-async def _member(
+async def _attempts(
     task: Task,
     group_id: str,
     ordinal: int,
@@ -146,18 +161,17 @@ async def _member(
     until: float,
     plan: GroupPlan,
     rollout: RolloutFunction,
-    sink: TrajectorySink,
-    ends: _Ends,
     listener: Listener | None,
-) -> None:
-    """One member: attempts under the group's deadline, then onto the stream, which has all the time it needs."""
+    failed: dict[str, str],
+) -> tuple[Trajectory, Episode | None] | None:
+    """One rollout, tried again under the group's deadline; None, with the reason in ``failed``, where no attempt gave anything."""
     for attempt in range(plan.attempts):
         trajectory_id = member_id(group_id, sample, attempt)
         is_last = attempt == plan.attempts - 1
         left_s = max(0.0, until - asyncio.get_running_loop().time())
         try:
             async with deadline(left_s, "group"):
-                finished = await rollout(task, trajectory_id, group_id, ordinal, sample, attempt)
+                return await rollout(task, trajectory_id, group_id, ordinal, sample, attempt)
         except RolloutError as error:
             out_of_time = isinstance(error, DeadlineExceeded) and error.stage == "group"
             is_final = is_last or out_of_time or error.kind not in RETRYABLE
@@ -165,11 +179,9 @@ async def _member(
             if listener is not None:
                 listener.failed(trajectory_id, error, is_final=is_final)
             if is_final:
-                ends.failed[trajectory_id] = "group_deadline" if out_of_time else error.kind
-                return
-        else:
-            await _put(finished, plan, sink, ends, listener)
-            return
+                failed[trajectory_id] = "group_deadline" if out_of_time else error.kind
+                return None
+    return None
 
 
 async def _put(

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, Protocol
 
 from agentrl.errors import DeadlineExceeded, RolloutError
@@ -79,6 +80,7 @@ class RolloutWorker:
         sink: the stream.
         read_progress: asks the stream where the run stands.
         rollout: plays one rollout; raises ``RolloutError`` where there is nothing to train on.
+        baseline: plays one greedy rollout per group, whose reward goes into the group's close; None plays none.
         group_size: rollouts per task.
         groups_per_step: groups the learner takes per step.
         max_staleness: policy versions, a hard bound at admission.
@@ -102,6 +104,7 @@ class RolloutWorker:
         sink: GroupSink,
         read_progress: Callable[[], Awaitable[Progress]],
         rollout: RolloutFunction,
+        baseline: RolloutFunction | None = None,
         group_size: int,
         groups_per_step: int,
         max_staleness: int,
@@ -127,6 +130,7 @@ class RolloutWorker:
         self._sink = sink
         self._read_progress = read_progress
         self._rollout = rollout
+        self._baseline = baseline
         self._plan = GroupPlan(size=group_size, min_group=min_group, timeout_s=group_timeout_s, attempts=attempts)
         self._groups_per_step = groups_per_step
         self._max_staleness = max_staleness
@@ -213,6 +217,7 @@ class RolloutWorker:
             "retried": self._counts["retried"],
             "groups_closed": self._counts["groups_closed"],
             "groups_without_members": self._counts["groups_without_members"],
+            "groups_without_baseline": self._counts["groups_without_baseline"],
             "tokens_sampled": self._counts["tokens_sampled"],
             "tokens_observed": self._counts["tokens_observed"],
             "budget_groups": self._budget,
@@ -278,7 +283,7 @@ class RolloutWorker:
         """Whether there was anything to start."""
         ordinals = await self._deal(room)
         for ordinal in ordinals:
-            self._unfinished[ordinal] = self._plan.size
+            self._unfinished[ordinal] = self._plan.size + (self._baseline is not None)
             task = groups.create_task(self._group(ordinal), name=f"group {ordinal}")
             self._groups[ordinal] = task
             task.add_done_callback(lambda _, ordinal=ordinal: self._forget(ordinal))
@@ -336,7 +341,8 @@ class RolloutWorker:
             task,
             ordinal,
             plan=self._plan,
-            rollout=self._timed,
+            rollout=partial(self._timed, self._rollout),
+            baseline=None if self._baseline is None else partial(self._timed, self._baseline),
             sink=self._sink,
             permits=self._permits,
             already=already,
@@ -345,13 +351,22 @@ class RolloutWorker:
         )
         self._counts["groups_closed"] += 1
         self._counts["groups_without_members"] += not close.members
+        if self._baseline is not None:
+            self._counts["groups_without_baseline"] += close.baseline is None
 
     async def _timed(
-        self, task: Task, trajectory_id: str, group_id: str, ordinal: int, sample_index: int, attempt: int
+        self,
+        rollout: RolloutFunction,
+        task: Task,
+        trajectory_id: str,
+        group_id: str,
+        ordinal: int,
+        sample_index: int,
+        attempt: int,
     ) -> tuple[Trajectory, Episode | None]:
         self._running[trajectory_id] = time.monotonic()
         try:
-            return await self._rollout(task, trajectory_id, group_id, ordinal, sample_index, attempt)
+            return await rollout(task, trajectory_id, group_id, ordinal, sample_index, attempt)
         finally:
             del self._running[trajectory_id]
 

@@ -79,13 +79,14 @@ class _TrajectoryHeader(msgspec.Struct, forbid_unknown_fields=True):
     finished: float
 
 
-class _CloseHeader(msgspec.Struct, forbid_unknown_fields=True):
+class _CloseHeader(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     group_id: str
     task_id: str
     ordinal: int
     size: int
     members: list[str]
     failed: dict[str, str]
+    baseline: float | None = None
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -238,6 +239,7 @@ def _close_header(close: GroupClose) -> _CloseHeader:
         size=int(close.size),
         members=list(close.members),
         failed=dict(close.failed),
+        baseline=None if close.baseline is None else float(close.baseline),
     )
 
 
@@ -264,6 +266,7 @@ def _decode_close(header: bytes, buffers: bytes) -> GroupClose:
         size=parsed.size,
         members=tuple(parsed.members),
         failed=parsed.failed,
+        baseline=parsed.baseline,
     )
     _check_close(close)
     return close
@@ -427,6 +430,8 @@ def _check_close(close: GroupClose) -> None:
         raise CodecError(f"{where} has an empty group_id or task_id")
     if close.ordinal < 0 or close.size < 1:
         raise CodecError(f"{where} has ordinal={close.ordinal} and size={close.size}; they must be >= 0 and >= 1")
+    if close.baseline is not None and not math.isfinite(close.baseline):
+        raise CodecError(f"{where} has baseline={close.baseline}; it must be finite, or None where no greedy rollout finished")
     if len(set(close.members)) != len(close.members):
         raise CodecError(f"{where} lists a member twice")
     both = set(close.members) & set(close.failed)

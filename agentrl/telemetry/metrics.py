@@ -57,6 +57,7 @@ CHAPTERS: Sequence[Chapter] = (
         Metric("frac_reward_zero_std", "Share of groups whose rewards are all equal: no signal.", "near 1: tasks too easy or too hard"),
         Metric("agentrl/overlong/penalty_mean", "Mean length penalty added to the reward (0 or less).", "growing away from 0: answers run into the limit"),
         Metric("agentrl/overlong/fraction", "Share of trajectories with a length penalty."),
+        Metric("agentrl/greedy_baseline/mean", "Mean reward of the greedy rollouts that remax compares with, one per trained trajectory's group."),
         Metric(f"critic/advantages/{SPREAD}", "Advantages over trained tokens.", "extremes far beyond 10: a group with almost no spread"),
         Metric(f"critic/returns/{SPREAD}", "Returns over trained tokens, before whitening."),
     )),

@@ -16,6 +16,7 @@ sys.path.insert(0, str(RIG))
 from learner_rig import make_learner, random_group, tiny_dir  # noqa: E402
 
 from agentrl.assembly.learn import _Source  # noqa: E402
+from agentrl.assembly.watchdog import LearnStatus  # noqa: E402
 from agentrl.errors import DataError  # noqa: E402
 from agentrl.learner.batching import BatchBuilder  # noqa: E402
 from agentrl.learner.checkpoint import Checkpoints, read_jsonl  # noqa: E402
@@ -27,6 +28,7 @@ from agentrl.stream.keys import Keys  # noqa: E402
 from agentrl.stream.ledger import read_ledger  # noqa: E402
 from agentrl.stream.producer import TrajectoryProducer  # noqa: E402
 from agentrl.stream.server import EmbeddedServer, connect, connect_async, ensure  # noqa: E402
+from agentrl.telemetry.run_dir import RunDir  # noqa: E402
 from agentrl.types import TrajectoryGroup  # noqa: E402
 
 KEYS = Keys("test")
@@ -68,7 +70,7 @@ def put(url: str, groups: Sequence[TrajectoryGroup]) -> None:
 
 
 def learn(client: redis.Redis, team: Team, directory: Path, *, num_steps: int) -> None:
-    source = _Source(TrajectoryConsumer(client, KEYS))
+    source = _Source(TrajectoryConsumer(client, KEYS), LearnStatus(RunDir(directory)))
     run_learning(
         source, BatchBuilder(groups_per_step=2, max_staleness=100), make_learner(tiny_dir(directory), team, lr=1e-3),
         Checkpoints(directory / "checkpoints"), WeightPublisher(directory / "weights"), source.announce,

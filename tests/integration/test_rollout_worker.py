@@ -74,6 +74,32 @@ async def test_members_fail_alone_with_their_kind_and_infrastructure_is_tried_ag
 
 
 @pytest.mark.asyncio
+async def test_the_greedy_rollouts_reward_is_in_the_close_and_the_rollout_nowhere_else() -> None:
+    asked: list[tuple[int, int]] = []
+
+    async def greedy(ordinal: int, sample: int, attempt: int) -> None:
+        asked.append((sample, attempt))
+        if attempt == 0:
+            raise GenerationError("server died")
+
+    stream = MemoryStream()
+    close = await group(succeed, stream, baseline=rollout_of(greedy))
+    assert asked == [(4, 0), (4, 1)]
+    assert close.baseline == tiny_trajectory(task_at(0), "t0/0/4/1", 0, 4, 1).reward
+    assert (close.size, len(close.members), close.failed) == (4, 4, {})
+    assert "t0/0/4/1" not in stream.events
+
+
+@pytest.mark.asyncio
+async def test_a_greedy_rollout_that_fails_leaves_the_group_without_a_baseline_and_the_ledger_as_it_is() -> None:
+    async def greedy(ordinal: int, sample: int, attempt: int) -> None:
+        raise RewardError("scorer broke")
+
+    close = await group(succeed, MemoryStream(), baseline=rollout_of(greedy))
+    assert (close.baseline, close.failed, len(close.members)) == (None, {}, 4)
+
+
+@pytest.mark.asyncio
 async def test_the_groups_deadline_closes_it_without_the_stragglers() -> None:
     async def play(ordinal: int, sample: int, attempt: int) -> None:
         await asyncio.sleep(30 if sample == 2 else 0)

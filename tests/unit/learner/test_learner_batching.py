@@ -44,6 +44,26 @@ def test_drop_fills_a_place_with_a_group_without_spread_and_trains_the_rest() ->
     assert len(b) == 0
 
 
+def test_a_group_without_its_greedy_baseline_is_counted_as_failed_and_fills_no_place() -> None:
+    b = builder(zero_spread="keep", min_group_size=1, needs_baseline=True)
+    without = group_with(0, [1, 0], failed={"x": "deadline"})
+    b.add(without)
+    assert b.num_without_place(0) == 1
+    for ordinal, baseline in ((1, 0.0), (2, 1.0)):
+        group = group_with(ordinal, [1])
+        b.add(dataclasses.replace(group, close=dataclasses.replace(group.close, baseline=baseline)))
+    assert b.is_full(0)
+    batch = b.build(0)
+    assert sorted(batch.outcomes.values()) == [
+        "failed:deadline",
+        "failed:no_baseline",
+        "failed:no_baseline",
+        "trained",
+        "trained",
+    ]
+    assert [row.baseline for row in batch.rows] == [0.0, 1.0]
+
+
 def test_refill_pulls_until_there_are_enough_useful_groups() -> None:
     b = builder(zero_spread="refill")
     for ordinal, rewards in enumerate([[1, 1], [0, 0], [1, 0], [0, 0]]):

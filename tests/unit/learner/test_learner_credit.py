@@ -103,6 +103,17 @@ def test_every_estimator_gets_its_inputs(name: str) -> None:
     assert credit.advantages.abs().sum() > 0
 
 
+def test_remax_takes_off_the_greedy_rollouts_reward() -> None:
+    rows = rows_of(with_turns(0, [(2, 1), (1, 0)], reward=1.0), with_turns(1, [(1, 0)], reward=0.25))
+    rows = [dataclasses.replace(row, baseline=baseline) for row, baseline in zip(rows, (0.25, 1.0), strict=True)]
+    credit = assign_credit(rows, LossSettings(advantage="remax"), kl_coef=0.0, found=TokenStatistics())
+    assert credit.advantages.tolist() == [0.75, 0.75, 0.75, -0.75]
+    assert credit.returns.tolist() == [1.0, 1.0, 1.0, 0.25]
+    assert credit.metrics["agentrl/greedy_baseline/mean"] == 0.625
+    with pytest.raises(ValueError, match="has no greedy baseline"):
+        assign_credit(rows_of(with_turns(0, [(2, 0)])), LossSettings(advantage="remax"), kl_coef=0.0, found=TokenStatistics())
+
+
 def test_a_rows_weight_scales_its_advantages() -> None:
     rows = rows_of(with_turns(0, [(2, 0)]), with_turns(1, [(1, 0)], reward=3.0))
     rows[1] = dataclasses.replace(rows[1], weight=0.25)
@@ -132,7 +143,6 @@ def test_a_rows_weight_scales_its_advantages() -> None:
         (LossSettings(old_logprobs="loglinear"), "decoupled_ppo's approximation"),
         (LossSettings(policy_loss="decoupled_ppo", is_level="token", old_logprobs="recompute"), "behav_weight_cap"),
         (LossSettings(policy_loss="reinforce", policy_params={"is_level": "token"}), "settings of their own"),
-        (LossSettings(advantage="remax"), "greedy baseline"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_with_the_nearest_name(loss: LossSettings, message: str) -> None:

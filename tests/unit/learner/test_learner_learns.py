@@ -1,5 +1,6 @@
 """The whole chain has the right sign: every algorithm family raises its reward on a task made of the policy's own samples."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,8 @@ class Sampler:
         """The reward is the share of sampled tokens in the lower half of the vocabulary."""
         self._model.load_state_dict(weights_of(learner), strict=False)
         prompts = torch.arange(8, 8 + 3 * num_groups).view(num_groups, 3).repeat_interleave(size, 0)
-        ids, logprobs = prompts, torch.zeros(prompts.shape)
-        with torch.no_grad():
-            for _ in range(NUM_SAMPLED):
-                log_p = self._model(ids).logits[:, -1].log_softmax(-1)
-                token = torch.multinomial(log_p.exp(), 1, generator=self._generator)
-                ids, logprobs = torch.cat([ids, token], 1), torch.cat([logprobs, log_p.gather(1, token)], 1)
+        ids, logprobs = self._sample(prompts, greedy=False)
+        best, _ = self._sample(prompts[::size], greedy=True)
         mask = np.arange(ids.shape[1]) >= 3
         versions = np.where(mask, learner.policy_version, -1).astype(np.int32)
         made: list[TrajectoryGroup] = []
@@ -48,8 +45,22 @@ class Sampler:
                 ])
                 for i, (row, lp) in enumerate(zip(ids[g * size :][:size], logprobs[g * size :][:size], strict=True))
             ]  # fmt: skip
-            made.append(close(g, members))
+            closed = close(g, members)
+            baseline = float((best[g, 3:] < VOCAB // 2).float().mean())
+            made.append(dataclasses.replace(closed, close=dataclasses.replace(closed.close, baseline=baseline)))
         return made
+
+    def _sample(self, ids: torch.Tensor, *, greedy: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, T] prompts with what follows, and its logprobs (0 for the prompt)."""
+        logprobs = torch.zeros(ids.shape)
+        with torch.no_grad():
+            for _ in range(NUM_SAMPLED):
+                log_p = self._model(ids).logits[:, -1].log_softmax(-1)
+                token = torch.multinomial(log_p.exp(), 1, generator=self._generator)
+                if greedy:
+                    token = log_p.argmax(-1, keepdim=True)
+                ids, logprobs = torch.cat([ids, token], 1), torch.cat([logprobs, log_p.gather(1, token)], 1)
+        return ids, logprobs
 
 
 @pytest.mark.parametrize(
@@ -58,6 +69,7 @@ class Sampler:
         LossSettings(policy_params=CLIP),
         LossSettings(advantage="rloo", policy_params=CLIP),
         LossSettings(advantage="reinforce_plus_plus", policy_params=CLIP),
+        LossSettings(advantage="remax", policy_params=CLIP),
         LossSettings(policy_loss="cispo", policy_params=CLIP),
         LossSettings(policy_loss="reinforce", is_level="token", is_batch_normalize=True),
         LossSettings(policy_params=CLIP, old_logprobs="recompute", is_level="token", kl=KLSettings(coef=0.01, place="reward")),

@@ -57,6 +57,7 @@ def test_round_trip_keeps_every_field() -> None:
 def test_group_close_round_trip_keeps_every_field() -> None:
     close = GroupClose(group_id="t/7", task_id="t", ordinal=7, size=3, members=("a", "b"), failed={"c": "deadline"})
     assert decode(encode(close)) == close
+    assert decode(encode(replace(close, baseline=0.0))) == replace(close, baseline=0.0)
 
 
 def test_decoded_arrays_are_writable_aligned_and_native() -> None:
@@ -160,6 +161,7 @@ def test_sampled_token_in_the_prompt_is_refused() -> None:
         ({"members": ("a", "a")}, "twice"),
         ({"failed": {"a": "x"}}, "as member and as failed"),
         ({"group_id": ""}, "empty group_id"),
+        ({"baseline": float("nan")}, "baseline=nan"),
     ],
 )
 def test_inconsistent_closes_are_refused(fields: dict[str, Any], message: str) -> None:

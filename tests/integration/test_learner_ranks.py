@@ -1,0 +1,63 @@
+"""What a rank says when the others are gone."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from agentrl.process import free_port
+
+ROOT = Path(__file__).parents[2]
+
+RANK = """
+import os, signal, sys, time
+from agentrl.errors import RankLost
+from agentrl.learner.distributed import start_team, stop_team
+from agentrl.learner.lost_ranks import explaining_lost_ranks
+
+team = start_team(device="cpu", timeout_s=float(sys.argv[2]))
+assert team.broadcast_json({"do": "idle"} if team.is_main else None) == {"do": "idle"}
+if team.rank == 1:
+    if sys.argv[1] == "dies":
+        os.kill(os.getpid(), signal.SIGKILL)
+    sys.stdin.readline()
+try:
+    with explaining_lost_ranks(team, timeout_s=float(sys.argv[2])):
+        team.barrier()
+except RankLost as error:
+    print(error, flush=True)
+    os._exit(3)
+"""
+
+
+def start(rank: int, port: int, *, behaviour: str, timeout_s: float) -> subprocess.Popen[str]:
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-c", RANK, behaviour, str(timeout_s)], env=environment, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("behaviour", "timeout_s", "code"), [("dies", 100.0, -signal.SIGKILL), ("does not come", 15.0, None)])
+def test_a_rank_whose_sibling_is_gone_says_so_with_the_limit_and_what_to_do(
+    behaviour: str, timeout_s: float, code: int | None
+) -> None:
+    port = free_port("127.0.0.1")
+    ranks = [start(rank, port, behaviour=behaviour, timeout_s=timeout_s) for rank in (0, 1)]
+    try:
+        said, _ = ranks[0].communicate(timeout=100)
+        assert ranks[0].returncode == 3, said
+        assert "rank 0 of 2 lost the others" in said
+        assert f"learn.rank_timeout_s={timeout_s:g}" in said
+        if code is not None:
+            assert ranks[1].wait(30) == code
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
