@@ -36,9 +36,11 @@ from agentrl.assembly.parts import (
 )
 from agentrl.assembly.run import refuse_if_active
 from agentrl.assembly.sandbox import sandbox_process
+from agentrl.assembly.servers import SERVERS_TOKEN
 from agentrl.assembly.watchdog import ServeProgress, Watchdog, waits_now
 from agentrl.config import Config, dump_config
 from agentrl.data.task_source import TaskSource
+from agentrl.protocols import Generator
 from agentrl.rollout.agent_loop import Limits, run_rollout
 from agentrl.rollout.chat_template import ChatTemplate
 from agentrl.rollout.group import RolloutFunction
@@ -54,7 +56,9 @@ from agentrl.serving.engine_process import (
     SGLangEngineSpec,
     kill_stale,
 )
+from agentrl.serving.load_policy import ConcurrencyPolicy
 from agentrl.serving.server_manager import AsyncLLMServerManager
+from agentrl.serving.servers_api import serving_servers_api
 from agentrl.serving.weight_reconciler import WeightReconciler
 from agentrl.stream.connection import check_server, connect, connect_async
 from agentrl.stream.fingerprint import check_fingerprint
@@ -156,7 +160,9 @@ async def _rollouts(config: Config, directory: RunDir) -> AsyncGenerator[tuple[R
                     ),
                     paused=toolbox.blocked,
                 )
-                async with running(reconciler=reconciler.run()):
+                servers_api = serving_servers_api(manager, token=run_secret(directory, SERVERS_TOKEN))
+                async with running(reconciler=reconciler.run()), servers_api as servers_url:
+                    directory.register("serve", url=servers_url)
                     yield worker, lambda: _status(worker, manager, meter, progress, toolbox.stats())
         finally:
             if trajectory_log is not None:
@@ -188,7 +194,7 @@ class _AdoptedProgress:
 
 def rollout_function(
     config: Config,
-    manager: AsyncLLMServerManager,
+    manager: Generator,
     template: ChatTemplate,
     toolbox: Toolbox,
     scorer: Scorer,
@@ -245,7 +251,14 @@ async def engines(config: Config, directory: RunDir, *, model_path: str) -> Asyn
     left_behind = [e for e in directory.recorded_processes() if e["role"].startswith(ENGINE_ROLE)]
     await asyncio.to_thread(kill_stale, [{"role": "engine", "pid": e["pid"], "started": e["created"]} for e in left_behind])
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-        manager = AsyncLLMServerManager(session=session, seed=config.run.seed, vocab_size=vocab_size_of(model_path))
+        concurrency = config.serve.concurrency
+        manager = AsyncLLMServerManager(
+            session=session,
+            seed=config.run.seed,
+            vocab_size=vocab_size_of(model_path),
+            max_requests_per_server=concurrency if isinstance(concurrency, int) else None,
+            concurrency=ConcurrencyPolicy() if concurrency == "auto" else None,
+        )
         async with manager:
             fleet = _fleet(config, directory, manager, model_path)
             async with running(health=manager.run(), fleet=fleet.run()):
@@ -311,6 +324,7 @@ def _status(
         "waits": waits,
         "tokens_per_s": round(meter.rate(), 1),
         "engines": [asdict(server) for server in servers],
+        "requests": {**manager.counters(), "parked": manager.num_parked()},
         "tools": tools,
     }
 
