@@ -112,6 +112,8 @@ class FakeSGLang:
         max_running: int | None = None,
     ) -> None:
         self.max_running = max_running
+        self.refused_paths: set[str] = set()
+        """Directories whose weights it cannot load."""
         self.num_foreign = 0
         """Requests of somebody else that the load report counts."""
         self._sampler = sampler
@@ -410,6 +412,8 @@ class FakeSGLang:
         if self._failed_updates:
             failure = self._failed_updates.popleft()
             return web.Response(status=failure.status, text=failure.body, content_type="application/json")
+        if body["model_path"] in self.refused_paths:
+            return web.json_response({"success": False, "message": f"{body['model_path']} does not load"}, status=400)
         is_missing = self.check_path and not os.path.isdir(body["model_path"])  # noqa: ASYNC240  # a stat in a test double
         if is_missing:
             return web.json_response({"success": False, "message": f"{body['model_path']} does not exist"}, status=400)
