@@ -25,6 +25,7 @@ from agentrl.assembly.sandbox import sandbox_process
 from agentrl.assembly.serve import engines, rollout_function
 from agentrl.config import Config
 from agentrl.errors import ConfigError, RolloutError
+from agentrl.serving.waiting_room import Priority
 from agentrl.telemetry.run_dir import RunDir, write_json
 from agentrl.telemetry.statistics import wilson_interval
 from agentrl.telemetry.trajectory_log import to_record
@@ -81,7 +82,13 @@ async def _evaluate(config: Config, directory: RunDir, model_path: str, modes: S
                 for mode in modes:
                     sampling = SamplingParams(max_new_tokens=config.serve.tokens_per_turn, temperature=mode.temperature)
                     rollout = rollout_function(
-                        config, manager, template, toolbox, build_scorer(config), sampling=sampling, require_versions=False
+                        config,
+                        manager.at(Priority.EVALUATION),
+                        template,
+                        toolbox,
+                        build_scorer(config),
+                        sampling=sampling,
+                        require_versions=False,
                     )
                     results.append({"model": model_path, **await _play(tasks, mode, rollout, config.eval.in_flight)})
                 return results

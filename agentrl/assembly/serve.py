@@ -36,9 +36,11 @@ from agentrl.assembly.parts import (
 )
 from agentrl.assembly.run import refuse_if_active
 from agentrl.assembly.sandbox import sandbox_process
+from agentrl.assembly.servers import SERVERS_TOKEN
 from agentrl.assembly.watchdog import ServeProgress, Watchdog, waits_now
 from agentrl.config import Config, dump_config
 from agentrl.data.task_source import TaskSource
+from agentrl.protocols import Generator
 from agentrl.rollout.agent_loop import Limits, run_rollout
 from agentrl.rollout.chat_template import ChatTemplate
 from agentrl.rollout.group import RolloutFunction
@@ -54,8 +56,10 @@ from agentrl.serving.engine_process import (
     SGLangEngineSpec,
     kill_stale,
 )
+from agentrl.serving.load_policy import ConcurrencyPolicy
 from agentrl.serving.server_manager import AsyncLLMServerManager
-from agentrl.serving.weight_reconciler import WeightReconciler
+from agentrl.serving.servers_api import serving_servers_api
+from agentrl.serving.weight_reconciler import PolicyProblem, WeightReconciler
 from agentrl.stream.connection import check_server, connect, connect_async
 from agentrl.stream.fingerprint import check_fingerprint
 from agentrl.stream.keys import Keys
@@ -129,6 +133,7 @@ async def _rollouts(config: Config, directory: RunDir) -> AsyncGenerator[tuple[R
                 reconciler = WeightReconciler(
                     manager, read_policy=partial(read_policy, client, keys), mode=config.serve.weight_sync,
                     on_update=lambda update: directory.event("weights_updated", **asdict(update)),
+                    on_problem=lambda problem: _note_problem(directory, problem),
                 )  # fmt: skip
                 meter, progress = _TokenMeter(), ServeProgress()
 
@@ -140,7 +145,11 @@ async def _rollouts(config: Config, directory: RunDir) -> AsyncGenerator[tuple[R
                 worker = RolloutWorker(
                     task_at=tasks.task,
                     sink=producer,
-                    read_progress=_AdoptedProgress(partial(read_progress, client, keys), reconciler),
+                    read_progress=_AdoptedProgress(
+                        partial(read_progress, client, keys),
+                        reconciler,
+                        max_behind=config.learn.max_staleness - config.learn.pipeline_depth,
+                    ),
                     rollout=rollout_function(config, manager, template, toolbox, scorer),
                     baseline=greedy_rollout_function(config, manager, template, toolbox, scorer)
                     if config.learn.needs_greedy_baseline
@@ -159,8 +168,10 @@ async def _rollouts(config: Config, directory: RunDir) -> AsyncGenerator[tuple[R
                     ),
                     paused=toolbox.blocked,
                 )
-                async with running(reconciler=reconciler.run()):
-                    yield worker, lambda: _status(worker, manager, meter, progress, toolbox.stats())
+                servers_api = serving_servers_api(manager, token=run_secret(directory, SERVERS_TOKEN))
+                async with running(reconciler=reconciler.run()), servers_api as servers_url:
+                    directory.register("serve", url=servers_url)
+                    yield worker, lambda: _status(worker, manager, reconciler, meter, progress, toolbox.stats())
         finally:
             if trajectory_log is not None:
                 trajectory_log.close()
@@ -172,16 +183,19 @@ class _AdoptedProgress:
     """The stream's progress, with room for new groups only once the servers are being brought to that policy.
 
     The learner's announcement frees places a moment before any server has the new weights. A group started in between would be
-    sampled by the old ones: one version staler than admission counted on.
+    sampled by the old ones: one version staler than admission counted on. A policy that no server could load is different:
+    the previous one goes on sampling, as long as what it samples stays within ``max_behind`` versions.
     """
 
-    def __init__(self, read: Callable[[], Awaitable[Progress]], reconciler: WeightReconciler) -> None:
-        self._read, self._reconciler = read, reconciler
+    def __init__(self, read: Callable[[], Awaitable[Progress]], reconciler: WeightReconciler, *, max_behind: int) -> None:
+        self._read, self._reconciler, self._max_behind = read, reconciler, max_behind
         self._adopted: Progress | None = None
 
     async def __call__(self) -> Progress:
         progress = await self._read()
-        target = self._reconciler.target
+        target, problem = self._reconciler.announced, self._reconciler.problem
+        if problem is not None and problem.behind > self._max_behind:
+            target = self._reconciler.target
         if target is not None and (target.run_epoch, target.version) >= (progress.run_epoch, progress.version):
             self._adopted = progress
         if self._adopted is None or self._adopted is progress:
@@ -191,7 +205,7 @@ class _AdoptedProgress:
 
 def rollout_function(
     config: Config,
-    manager: AsyncLLMServerManager,
+    manager: Generator,
     template: ChatTemplate,
     toolbox: Toolbox,
     scorer: Scorer,
@@ -256,7 +270,14 @@ async def engines(config: Config, directory: RunDir, *, model_path: str) -> Asyn
     left_behind = [e for e in directory.recorded_processes() if e["role"].startswith(ENGINE_ROLE)]
     await asyncio.to_thread(kill_stale, [{"role": "engine", "pid": e["pid"], "started": e["created"]} for e in left_behind])
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-        manager = AsyncLLMServerManager(session=session, seed=config.run.seed, vocab_size=vocab_size_of(model_path))
+        concurrency = config.serve.concurrency
+        manager = AsyncLLMServerManager(
+            session=session,
+            seed=config.run.seed,
+            vocab_size=vocab_size_of(model_path),
+            max_requests_per_server=concurrency if isinstance(concurrency, int) else None,
+            concurrency=ConcurrencyPolicy() if concurrency == "auto" else None,
+        )
         async with manager:
             fleet = _fleet(config, directory, manager, model_path)
             async with running(health=manager.run(), fleet=fleet.run()):
@@ -293,6 +314,13 @@ def _engine_spec(config: Config, directory: RunDir, model_path: str) -> EngineSp
     )
 
 
+def _note_problem(directory: RunDir, problem: PolicyProblem | None) -> None:
+    if problem is None:
+        directory.event("policy_served_again")
+    else:
+        directory.event("policy_not_served", **asdict(problem))
+
+
 async def _watch(watchdog: Watchdog) -> None:
     while True:
         await asyncio.sleep(watchdog.every_s)
@@ -308,6 +336,7 @@ async def _report(directory: RunDir, status: Callable[[], dict[str, Any]]) -> No
 def _status(
     worker: RolloutWorker,
     manager: AsyncLLMServerManager,
+    reconciler: WeightReconciler,
     meter: "_TokenMeter",
     progress: ServeProgress,
     tools: Mapping[str, Mapping[str, float]],
@@ -322,6 +351,12 @@ def _status(
         "waits": waits,
         "tokens_per_s": round(meter.rate(), 1),
         "engines": [asdict(server) for server in servers],
+        "requests": {**manager.counters(), "parked": manager.num_parked()},
+        "policy": {
+            "target": reconciler.target.label if reconciler.target else "",
+            "rollbacks": reconciler.num_rollbacks,
+            "problem": asdict(reconciler.problem) if reconciler.problem else None,
+        },
         "tools": tools,
     }
 

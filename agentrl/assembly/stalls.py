@@ -422,6 +422,11 @@ def _parts(s: Snapshot) -> Iterator[Finding]:
         if engine.get("state") not in HEALTHY_ENGINE:
             why = engine.get("reason") or "it has not loaded the announced policy"
             yield Finding("engine", "warn", f"{engine.get('url')} is {engine.get('state')}: {why}", "see logs/engine-*.log")
+    problem: Mapping[str, Any] = (s.serve.get("policy") or {}).get("problem") or {}
+    if problem:
+        instead = f"{problem.get('serving')} is served instead" if problem.get("serving") else "nothing is served"
+        text = f"no server could load {problem.get('label')} ({problem.get('error')}); {instead}, it is tried again by itself"
+        yield Finding("weights", "warn", text, "see logs/engine-*.log and the files under weights/; the next version replaces it")
     for name, stats in (s.serve.get("tools") or {}).items():
         if stats.get("circuit_open"):
             yield Finding(f"tool:{name}", "warn", "its circuit is open: no new rollouts start", _tool_fix(name))

@@ -27,9 +27,12 @@ data_app = typer.Typer(help="Prepare and check task files.", no_args_is_help=Tru
 app.add_typer(data_app, name="data")
 config_app = typer.Typer(help="Look at a run's settings.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+servers_app = typer.Typer(help="Look at a running serve's generation servers, and change them.", no_args_is_help=True)
+app.add_typer(servers_app, name="servers")
 
 ConfigFile = Annotated[str, typer.Option("--config", "-c", help="YAML file of the run, or the name of a shipped one.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value …", show_default=False)]
+ServerUrl = Annotated[str, typer.Argument(help="Base url of the server, http://host:port.")]
 RunPath = Annotated[Path, typer.Argument(help="Run directory, for example runs/quickstart.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -295,6 +298,53 @@ def data_check(path: Annotated[Path, typer.Argument(help="Task file: parquet or 
 def config_show(config: ConfigFile, overrides: Overrides = None) -> None:
     """Print every setting as the run would see it, defaults included."""
     print(dump_config(_load(config, overrides)), end="")
+
+
+@servers_app.command("list")
+def servers_list(run: RunPath, as_json: AsJson = False) -> None:
+    """Every server: state, weights, load, and why it is out of rotation."""
+    from agentrl.assembly.servers import call_servers, servers_table
+
+    listing = call_servers(run, "GET")
+    print(json.dumps(listing, indent=1) if as_json else servers_table(listing))
+
+
+@servers_app.command("add")
+def servers_add(
+    run: RunPath,
+    url: ServerUrl,
+    capacity: Annotated[float, typer.Option(help="Relative speed.")] = 1.0,
+    api_key: Annotated[str | None, typer.Option(envvar="AGENTRL_SERVER_API_KEY", help="Its bearer key.")] = None,
+    admin_key: Annotated[str | None, typer.Option(envvar="AGENTRL_SERVER_ADMIN_KEY", help="Its key for control calls.")] = None,
+) -> None:
+    """Add a running server; it takes traffic once it serves the announced policy."""
+    from agentrl.assembly.servers import call_servers, servers_table
+
+    print(servers_table(call_servers(run, "POST", url=url, capacity=capacity, api_key=api_key, admin_key=admin_key)))
+
+
+@servers_app.command("remove")
+def servers_remove(run: RunPath, url: ServerUrl) -> None:
+    """Forget a server; its requests continue elsewhere with the tokens they have."""
+    from agentrl.assembly.servers import call_servers, servers_table
+
+    print(servers_table(call_servers(run, "DELETE", url=url)))
+
+
+@servers_app.command("drain")
+def servers_drain(
+    run: RunPath,
+    url: ServerUrl,
+    wait_s: Annotated[float, typer.Option(help="Wait this long for its requests; the rest then continues elsewhere.")] = 0.0,
+    undo: Annotated[bool, typer.Option("--undo", help="Take it back into rotation.")] = False,
+) -> None:
+    """Send nothing new to a server, for maintenance."""
+    from agentrl.assembly.servers import call_servers, servers_table
+
+    listing = (
+        call_servers(run, "POST", "/undrain", url=url) if undo else call_servers(run, "POST", "/drain", url=url, wait_s=wait_s)
+    )
+    print(servers_table(listing))
 
 
 @app.command()

@@ -130,6 +130,9 @@ class ServeConfig(Section):
     """A group with fewer finished rollouts is closed as failed."""
     attempts: PositiveInt = 2
     """Tries per rollout when the failure is not the model's."""
+    concurrency: PositiveInt | Literal["auto"] | None = None
+    """Requests in flight per engine; the rest wait in serve, evaluation and begun rollouts first. ``auto`` follows each engine's own
+    queue and cache; null leaves queueing to the engines."""
     weight_sync: Literal["in_place", "retract", "abort", "rolling"] = "in_place"
     """How running generations meet new weights; per-token versions record it in every mode."""
 

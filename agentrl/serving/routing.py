@@ -7,6 +7,7 @@ off its cache as soon as the whole fleet is busy, and a move is never free, sinc
 """
 
 import random
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,6 +41,26 @@ class Overload:
 
 
 DEFAULT_OVERLOAD = Overload()
+
+
+class Homes:
+    """Where trajectories and groups have their prefix: the newest ``keep`` of them."""
+
+    def __init__(self, *, keep: int = 100_000) -> None:
+        self._urls: OrderedDict[str, str] = OrderedDict()
+        self._keep = keep
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._urls
+
+    def get(self, key: str) -> str | None:
+        return self._urls.get(key)
+
+    def remember(self, key: str, url: str) -> None:
+        self._urls[key] = url
+        self._urls.move_to_end(key)
+        while len(self._urls) > self._keep:
+            self._urls.popitem(last=False)
 
 
 def choose_server(

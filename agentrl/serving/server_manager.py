@@ -18,32 +18,33 @@ only happens when no version is required (evaluating a fixed model).
 import asyncio
 import logging
 import random
-from collections import Counter, OrderedDict, deque
+from collections import Counter
 from collections.abc import AsyncGenerator, Collection, Sequence
 from collections.abc import Generator as Yields
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeAlias
 from uuid import uuid4
 
 import aiohttp
 
-from agentrl.errors import DeadlineExceeded, GenerationError, WeightSyncError
+from agentrl.errors import DeadlineExceeded, GenerationError
 from agentrl.protocols import Generator
-from agentrl.serving.routing import Candidate, Overload, choose_server
-from agentrl.serving.server_state import CircuitBreaker, Server, ServerState, ServerStats, Totals, Visit
+from agentrl.serving.load_policy import ConcurrencyPolicy
+from agentrl.serving.retry_budget import RetryBudget
+from agentrl.serving.routing import Candidate, Homes, Overload, choose_server
+from agentrl.serving.server_fleet import COUNTERS, ServerFleet, WaitReason
+from agentrl.serving.server_health import ServerHealth
+from agentrl.serving.server_state import CircuitBreaker, Server, ServerStats, Visit
 from agentrl.serving.sglang_client import EngineBusy, EngineRejected, EngineUnavailable, PartialGeneration, SGLangClient
+from agentrl.serving.waiting_room import Place, Priority, WaitingRoom
 from agentrl.supervise import waiting
 from agentrl.types import Generation, SamplingParams
 
 log = logging.getLogger(__name__)
 
-WaitReason: TypeAlias = Literal["server", "weights"]
-
 NO_POLICY = "(no policy announced yet)"
 """A label that no server reports: requiring it parks every request until a policy is announced."""
 
-_HOMES_KEPT = 100_000
 _RETRY_BACKOFF_S = 0.05
 _RETRY_BACKOFF_MAX_S = 2.0
 _EXPECTED_NEW_TOKENS = 256.0
@@ -60,6 +61,7 @@ class _Call:
     sampling: SamplingParams
     trajectory_id: str
     group_id: str
+    priority: Priority = Priority.TRAINING
     so_far: PartialGeneration = field(default_factory=PartialGeneration)
     waits_for: str = "server"
     failures: int = 0
@@ -96,6 +98,8 @@ class AsyncLLMServerManager(Generator):
         breaker_failures: consecutive failures that open a server's circuit breaker.
         breaker_reset_s: seconds until a half-open probe; doubled after each failed one up to ``breaker_max_reset_s``.
         max_requests_per_server: requests in flight per unit of capacity; None leaves queueing to the engine.
+        concurrency: set each server's limit from its own load reports (``load_policy``); None sets none.
+        retry_budget: bounds repeated failures over all requests together.
         overload: when a request leaves the server that has its prefix.
         vocab_size: ids outside are refused before they reach a server.
         probe_every_s: period of the health probes (``/model_info``: instant and live during a pause).
@@ -119,6 +123,8 @@ class AsyncLLMServerManager(Generator):
         breaker_reset_s: float = 1.0,
         breaker_max_reset_s: float = 30.0,
         max_requests_per_server: int | None = None,
+        concurrency: ConcurrencyPolicy | None = None,
+        retry_budget: RetryBudget | None = None,
         overload: Overload | None = None,
         vocab_size: int | None = None,
         probe_every_s: float = 1.0,
@@ -133,28 +139,45 @@ class AsyncLLMServerManager(Generator):
         self._session: aiohttp.ClientSession | None = session
         self._rng = random.Random(seed)
         self._max_attempts = max_attempts
-        self._breaker_failures = breaker_failures
-        self._breaker_reset_s = breaker_reset_s
-        self._breaker_max_reset_s = breaker_max_reset_s
-        self._max_requests = max_requests_per_server
+        self._retry_budget = retry_budget or RetryBudget()
         self._overload = overload or Overload()
-        self._vocab_size = vocab_size
-        self._probe_every_s = probe_every_s
         self._probe_timeout_s = probe_timeout_s
-        self._unhealthy_after = unhealthy_after
-        self._connect_timeout_s = connect_timeout_s
-        self._stall_timeout_s = stall_timeout_s
-        self._stream_interval = stream_interval
         self._salt_cache = salt_cache_by_version
-        self._servers: dict[str, Server] = {}
-        self._required: str | None = None
-        self._also: frozenset[str] = frozenset()
-        self._homes: OrderedDict[str, str] = OrderedDict()
-        self._waiters: deque[asyncio.Future[None]] = deque()
+        self._room = WaitingRoom()
+
+        def open_client(url: str, api_key: str | None, admin_key: str | None) -> SGLangClient:
+            return SGLangClient(
+                url,
+                api_key=api_key,
+                admin_key=admin_key,
+                session=self._open_session(),
+                vocab_size=vocab_size,
+                stream_interval=stream_interval,
+                connect_timeout_s=connect_timeout_s,
+                stall_timeout_s=stall_timeout_s,
+            )
+
+        def new_breaker() -> CircuitBreaker:
+            return CircuitBreaker(failures=breaker_failures, reset_s=breaker_reset_s, max_reset_s=breaker_max_reset_s)
+
+        self._fleet = ServerFleet(
+            make_client=open_client,
+            make_breaker=new_breaker,
+            max_requests=max_requests_per_server,
+            start_limit=None if concurrency is None else concurrency.start,
+            on_change=self._room.wake,
+        )
+        self._health = ServerHealth(
+            self._fleet,
+            every_s=probe_every_s,
+            timeout_s=probe_timeout_s,
+            unhealthy_after=unhealthy_after,
+            concurrency=concurrency,
+        )
+        self._counters = self._fleet.counters
+        self._homes = Homes()
         self._parked: Counter[WaitReason] = Counter()
         self._expected_new_tokens = _EXPECTED_NEW_TOKENS
-        self._incarnations = 0
-        self._counters: Counter[str] = Counter()
 
     async def __aenter__(self) -> "AsyncLLMServerManager":
         return self
@@ -172,77 +195,43 @@ class AsyncLLMServerManager(Generator):
 
     @property
     def urls(self) -> list[str]:
-        return list(self._servers)
+        return self._fleet.urls
 
     @property
     def required(self) -> str | None:
         """The label that servers must be verified at; None admits any."""
-        return self._required
+        return self._fleet.required
 
     def add_server(self, url: str, *, capacity: float = 1.0, api_key: str | None = None, admin_key: str | None = None) -> None:
         """Add a server, or say that the engine behind a known url is a new process: it starts unverified.
 
         Requests in flight on the previous incarnation continue elsewhere with what they have.
         """
-        if capacity <= 0:
-            raise ValueError(f"capacity={capacity} of {url} must be positive; it is the server's relative speed")
-        url = url.rstrip("/")
-        previous = self._servers.get(url)
-        client = SGLangClient(
-            url,
-            api_key=api_key,
-            admin_key=admin_key,
-            session=self._open_session(),
-            vocab_size=self._vocab_size,
-            stream_interval=self._stream_interval,
-            connect_timeout_s=self._connect_timeout_s,
-            stall_timeout_s=self._stall_timeout_s,
-        )
-        self._incarnations += 1
-        self._servers[url] = Server(
-            client=client,
-            capacity=capacity,
-            breaker=self._new_breaker(),
-            totals=previous.totals if previous else Totals(),
-            incarnation=self._incarnations,
-        )
-        if previous is not None:
-            self._leave(previous)
-        self._wake_all()
+        self._fleet.add(url, capacity=capacity, api_key=api_key, admin_key=admin_key)
 
     def remove_server(self, url: str) -> None:
         """Forget a server; its requests continue elsewhere with what they have. Unknown urls are ignored."""
-        server = self._servers.pop(url.rstrip("/"), None)
-        if server is not None:
-            self._leave(server)
-            self._wake_all()
+        self._fleet.remove(url)
 
     def drain(self, url: str) -> None:
         """Send nothing new there; what runs may finish. ``wait_drained`` waits for that."""
-        self._server(url).is_draining = True
+        self._fleet.drain(url)
 
     def undrain(self, url: str) -> None:
-        self._server(url).is_draining = False
-        self._wake_all()
+        """Take a drained server back into rotation."""
+        self._fleet.undrain(url)
 
     async def wait_drained(self, url: str, *, timeout_s: float) -> bool:
         """Wait until nothing runs on a draining server; after ``timeout_s`` move the rest elsewhere and return False."""
-        server = self._server(url)
-        try:
-            async with asyncio.timeout(timeout_s):
-                await server.idle.wait()
-        except TimeoutError:
-            self._evict(server)
-            return False
-        return True
+        return await self._fleet.wait_drained(url, timeout_s=timeout_s)
 
     def client(self, url: str) -> SGLangClient:
         """The client of a server, for control calls."""
-        return self._server(url).client
+        return self._fleet.get(url).client
 
     def incarnation(self, url: str) -> int:
         """Grows whenever ``add_server`` names the url again: the same number means the same engine process."""
-        return self._server(url).incarnation
+        return self._fleet.get(url).incarnation
 
     # ---- policy versions
 
@@ -253,37 +242,26 @@ class AsyncLLMServerManager(Generator):
         are held by the engine until the update is done. ``also`` admits further labels during a rolling update. None
         admits every server that is not quarantined.
         """
-        self._required, self._also = label, frozenset(also)
-        self._wake_all()
+        self._fleet.require(label, also=also)
 
     def begin_update(self, url: str, label: str) -> None:
         """An update to ``label`` begins on this server: responses may carry that label from now on."""
-        self._server(url).installing = label
+        self._fleet.get(url).installing = label
 
     def cancel_update(self, url: str) -> None:
         """The update did not begin after all: the server serves what it served."""
-        self._server(url).installing = None
+        self._fleet.get(url).installing = None
 
     def set_verified(self, url: str, label: str) -> None:
         """The server was asked and reports exactly ``label``: it may take traffic if that is what is required."""
-        server = self._server(url)
-        if server.verified != label or not server.labels:
-            server.remember(label)
-        server.verified, server.installing, server.quarantine_reason = label, None, ""
-        self._wake_all()
+        self._fleet.set_verified(url, label)
 
     def quarantine(self, url: str, reason: str) -> None:
         """Keep a server out until ``set_verified``; its requests continue elsewhere with the tokens that are legal."""
-        server = self._server(url)
-        if not server.quarantine_reason:
-            log.warning("server quarantined url=%s verified=%s reason=%s", url, server.verified, reason)
-            self._counters["quarantines"] += 1
-        server.verified, server.installing, server.quarantine_reason = None, None, reason or "unverified"
-        self._evict(server)
-        self._wake_all()
+        self._fleet.quarantine(url, reason)
 
     def verified_label(self, url: str) -> str | None:
-        return self._server(url).verified
+        return self._fleet.get(url).verified
 
     # ---- generation
 
@@ -295,10 +273,11 @@ class AsyncLLMServerManager(Generator):
         trajectory_id: str,
         group_id: str,
         deadline: float,
+        priority: Priority = Priority.TRAINING,
     ) -> Generation:
         """Continue ``ids``; see ``agentrl.protocols.Generator``.
 
-        Cancelling the call closes its connection, at which the engine aborts the request.
+        ``priority`` decides who goes first when requests have to wait for a server. Cancelling the call closes its connection, at which the engine aborts the request.
 
         Raises:
             GenerationError: a server refused the request for good, or ``max_attempts`` attempts failed.
@@ -306,7 +285,7 @@ class AsyncLLMServerManager(Generator):
         """
         loop = asyncio.get_running_loop()
         started = loop.time()
-        call = _Call(ids, sampling, trajectory_id, group_id)
+        call = _Call(ids, sampling, trajectory_id, group_id, priority)
         scope = asyncio.timeout(deadline)
         try:
             async with scope:
@@ -316,6 +295,7 @@ class AsyncLLMServerManager(Generator):
                 raise
             self._counters["deadlines"] += 1
             raise DeadlineExceeded(f"generation (waiting for {call.waits_for})", deadline) from error
+        self._retry_budget.succeeded()
         new_tokens = len(call.so_far)
         self._expected_new_tokens += _EXPECTED_NEW_TOKENS_DECAY * (new_tokens - self._expected_new_tokens)
         finish = call.so_far.finish
@@ -351,13 +331,27 @@ class AsyncLLMServerManager(Generator):
         call.failures += 1
         if call.failures >= self._max_attempts:
             raise GenerationError(
-                f"{call.failures} attempts failed over {len(self._servers)} servers with {len(call.so_far)} of "
+                f"{call.failures} attempts failed over {len(self.urls)} servers with {len(call.so_far)} of "
                 f"{call.sampling.max_new_tokens} tokens sampled; the last: {failure}"
             ) from failure
         call.avoid.add(server.url)
-        if all(candidate.url in call.avoid for candidate in self._routable()):
+        if all(candidate.url in call.avoid for candidate in self._fleet.routable()):
             call.avoid.clear()
             await asyncio.sleep(min(_RETRY_BACKOFF_S * 2**call.failures, _RETRY_BACKOFF_MAX_S))
+        if call.failures > 1:
+            await self._wait_for_budget(call)
+
+    async def _wait_for_budget(self, call: _Call) -> None:
+        loop = asyncio.get_running_loop()
+        wait_s = self._retry_budget.try_take(loop.time())
+        if not wait_s:
+            return
+        self._counters["delayed_retries"] += 1
+        call.waits_for = "server"
+        with self._counted_as_parked("server"), waiting("server"):
+            while wait_s:
+                await asyncio.sleep(wait_s)
+                wait_s = self._retry_budget.try_take(loop.time())
 
     async def _visit(self, server: Server, call: _Call) -> GenerationError | None:
         """One request on one server; appends what may be kept to ``call.so_far``. Returns what went wrong, if anything."""
@@ -400,8 +394,9 @@ class AsyncLLMServerManager(Generator):
         else:
             if visit.is_probe:
                 log.info("server recovered url=%s", server.url)
-                self._wake_all()
             server.breaker.succeeded()
+            if visit.is_probe:
+                self._room.wake()
         assert visit is not None
         mismatch = self._keep_legal(server, visit, is_checked)
         self._count(server, visit, loop.time())
@@ -431,7 +426,7 @@ class AsyncLLMServerManager(Generator):
         server.totals.mismatches += 1
         self._counters["version_mismatches"] += 1
         message = f"{server.url} reported weights {wrong!r}, legal were {sorted(legal)}: it restarted or was updated by others"
-        if self._servers.get(server.url) is server and not server.quarantine_reason:
+        if self._fleet.is_current(server) and not server.quarantine_reason:
             self.quarantine(server.url, message)
         return EngineUnavailable(message)
 
@@ -476,8 +471,8 @@ class AsyncLLMServerManager(Generator):
             server.tokens_in_flight -= cost
             if not server.visits:
                 server.idle.set()
-            if self._max_requests is not None:
-                self._wake_one()
+            if self._fleet.has_limits():
+                self._room.wake()
 
     def _made_no_progress(self, server: Server, visit: Visit, now: float) -> bool:
         """A request was given up after a good while in which the server delivered no token to anyone."""
@@ -492,23 +487,35 @@ class AsyncLLMServerManager(Generator):
     # ---- routing
 
     async def _acquire(self, call: _Call) -> Server:
-        """Wait until a server may take the call, choose one and remember it as the trajectory's home."""
-        while True:
-            routable = self._routable()
-            preferred = [server for server in routable if server.url not in call.avoid] or routable
-            if preferred:
-                return self._choose(preferred, call)
-            reason = self._why_none()
-            call.waits_for = reason
-            with self._counted_as_parked(reason), waiting(reason):
-                await self._park(limit_s=min(self._next_retry_in_s() or _LOOK_AGAIN_S, _LOOK_AGAIN_S))
+        """Wait until a server may take the call and nobody goes before it; choose one and remember it as its home."""
+        place: Place | None = None
+        is_new = not call.so_far.ids and call.trajectory_id not in self._homes
+        try:
+            while True:
+                routable = self._fleet.routable()
+                if routable and self._room.is_first(place, call.priority, is_new=is_new):
+                    preferred = [server for server in routable if server.url not in call.avoid] or routable
+                    return self._choose(preferred, call)
+                if place is None:
+                    place = self._room.enter(call.priority, is_new=is_new)
+                if routable:
+                    self._room.wake()
+                reason = self._fleet.why_none()
+                call.waits_for = reason
+                limit_s = min(self._fleet.next_retry_in_s() or _LOOK_AGAIN_S, _LOOK_AGAIN_S)
+                with self._counted_as_parked(reason), waiting(reason):
+                    await self._room.sleep(place, limit_s=limit_s)
+        finally:
+            if place is not None:
+                self._room.leave(place)
 
     def _choose(self, servers: Sequence[Server], call: _Call) -> Server:
         group_key = f"group:{call.group_id}"
         home = self._homes.get(call.trajectory_id)
         prefix_tokens = len(call.ids) + len(call.so_far)
+        by_url = {server.url: server for server in servers}
         url = choose_server(
-            [Candidate(server.url, server.tokens_in_flight, server.capacity) for server in servers],
+            [Candidate(server.url, self._load_of(server), server.capacity) for server in servers],
             home=home or self._homes.get(group_key),
             prefix_tokens=prefix_tokens,
             overload=self._overload,
@@ -516,90 +523,18 @@ class AsyncLLMServerManager(Generator):
         )
         if home is not None and url != home:
             self._counters["moves"] += 1
-        self._remember_home(call.trajectory_id, url)
+        self._homes.remember(call.trajectory_id, url)
         # The group's home stays where its first member went, unless that server left the rotation.
-        if self._homes.get(group_key) not in {server.url for server in servers}:
-            self._remember_home(group_key, url)
-        return self._servers[url]
+        if self._homes.get(group_key) not in by_url:
+            self._homes.remember(group_key, url)
+        return by_url[url]
 
-    def _remember_home(self, key: str, url: str) -> None:
-        self._homes[key] = url
-        self._homes.move_to_end(key)
-        while len(self._homes) > _HOMES_KEPT:
-            self._homes.popitem(last=False)
-
-    def _routable(self) -> list[Server]:
-        now = asyncio.get_running_loop().time()
-        return [server for server in self._servers.values() if self._is_routable(server, now)]
-
-    def _is_routable(self, server: Server, now: float) -> bool:
-        return (
-            not server.is_draining
-            and not server.unhealthy_reason
-            and server.breaker.allows(now)
-            and now >= server.busy_until
-            and (self._max_requests is None or len(server.visits) < self._max_requests * server.capacity)
-            and self._has_version(server)
-        )
-
-    def _has_version(self, server: Server) -> bool:
-        if server.quarantine_reason:
-            return False
-        if self._required is None:
-            return True
-        if server.verified is None:
-            return False
-        return self._required in (server.verified, server.installing) or server.verified in self._also
-
-    def _why_none(self) -> WaitReason:
-        """Servers that would do but for their weights: ``weights``; otherwise ``server``."""
-        now = asyncio.get_running_loop().time()
-        alive = [server for server in self._servers.values() if server.breaker.allows(now) and not server.unhealthy_reason]
-        if not alive:
-            return "server"
-        return "server" if any(self._has_version(server) for server in alive) else "weights"
-
-    def _next_retry_in_s(self) -> float | None:
-        now = asyncio.get_running_loop().time()
-        waits: list[float] = []
-        for server in self._servers.values():
-            wait = server.breaker.retry_in_s(now)
-            if wait is not None:
-                waits.append(wait)
-            if server.busy_until > now:
-                waits.append(server.busy_until - now)
-        return min(waits, default=None)
-
-    # ---- waking
-
-    async def _park(self, *, limit_s: float) -> None:
-        """Sleep until something changed, at most ``limit_s`` seconds."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[None] = loop.create_future()
-        self._waiters.append(future)
-        timer = loop.call_later(max(limit_s, 0.001), _resolve, future)
-        try:
-            await future
-        except asyncio.CancelledError:
-            if future.done() and not future.cancelled():
-                self._wake_one()  # the wake-up was meant for someone who still wants it
-            raise
-        finally:
-            timer.cancel()
-            if future in self._waiters:
-                self._waiters.remove(future)
-
-    def _wake_one(self) -> None:
-        while self._waiters:
-            future = self._waiters.popleft()
-            if not future.done():
-                future.set_result(None)
-                return
-
-    def _wake_all(self) -> None:
-        waiters, self._waiters = self._waiters, deque()
-        for future in waiters:
-            _resolve(future)
+    def _load_of(self, server: Server) -> int:
+        """Tokens in flight; a request that is not ours counts as one of ours does."""
+        if not server.foreign_requests:
+            return server.tokens_in_flight
+        each = server.tokens_in_flight / len(server.visits) if server.visits else self._expected_new_tokens
+        return server.tokens_in_flight + int(server.foreign_requests * each)
 
     @contextmanager
     def _counted_as_parked(self, reason: WaitReason) -> Yields[None, None, None]:
@@ -609,66 +544,30 @@ class AsyncLLMServerManager(Generator):
         finally:
             self._parked[reason] -= 1
 
-    def _evict(self, server: Server) -> None:
-        now = asyncio.get_running_loop().time()
-        for visit in list(server.visits):
-            visit.evict(now)
-
-    def _leave(self, server: Server) -> None:
-        server.is_gone = True
-        self._evict(server)
-
     # ---- health
 
     async def run(self) -> None:
-        """Probe every server until cancelled: mark the unreachable, readmit the recovered, notice changed labels."""
-        while True:
-            async with asyncio.TaskGroup() as group:
-                for server in list(self._servers.values()):
-                    group.create_task(self._probe(server))
-            await asyncio.sleep(self._probe_every_s)
-
-    async def _probe(self, server: Server) -> None:
-        mark, verified = server.label_mark(), server.verified
-        try:
-            info = await server.client.model_info(timeout_s=self._probe_timeout_s)
-        except WeightSyncError as error:
-            server.failed_probes += 1
-            if server.failed_probes >= self._unhealthy_after and not server.unhealthy_reason and not server.is_gone:
-                server.unhealthy_reason = str(error)
-                log.warning("server unhealthy url=%s probes=%d error=%s", server.url, server.failed_probes, error)
-                self._counters["unhealthy"] += 1
-                self._evict(server)
-            return
-        server.failed_probes = 0
-        if server.unhealthy_reason:
-            log.info("server answers again url=%s", server.url)
-            server.unhealthy_reason = ""
-            self._wake_all()
-        is_settled = server.installing is None and mark == server.label_mark() and verified == server.verified
-        if is_settled and verified is not None and info.label != verified and not server.is_gone:
-            server.totals.mismatches += 1
-            self._counters["version_mismatches"] += 1
-            self.quarantine(server.url, f"reports {info.label!r} but was verified at {verified!r}: it restarted")
+        """Look after the servers until cancelled (``server_health``): reachable, at their label, our counts true, room left."""
+        await self._health.run()
 
     # ---- what others see
 
     def stats(self) -> list[ServerStats]:
         """One entry per server, in the order they were added."""
-        return [self._stats_of(server) for server in self._servers.values()]
+        return self._fleet.stats()
 
     def counters(self) -> dict[str, int]:
         """Totals since the start: ``retries`` (from scratch), ``continuations`` (with tokens kept), ``moves`` (off a
-        cache), ``deadlines``, ``quarantines``, ``version_mismatches``, ``tokens_discarded``, ``unhealthy``."""
-        names = "retries continuations moves deadlines quarantines version_mismatches tokens_discarded unhealthy"
-        return {name: self._counters[name] for name in names.split()}
+        cache), ``deadlines``, ``quarantines``, ``version_mismatches``, ``tokens_discarded``, ``unhealthy``,
+        ``delayed_retries`` (the retry budget was spent), ``drifts`` (an engine's count of requests differed from ours)."""
+        return {name: self._counters[name] for name in COUNTERS}
 
     def wait_reason(self) -> WaitReason | None:
         """What rollouts wait for here: parked ones first, then requests in flight; None when nobody waits."""
         for reason in ("weights", "server"):
             if self._parked[reason]:
                 return reason
-        busy = [server for server in self._servers.values() if server.visits]
+        busy = [server for server in self._fleet.servers() if server.visits]
         if not busy:
             return None
         return "weights" if all(server.installing is not None for server in busy) else "server"
@@ -677,61 +576,28 @@ class AsyncLLMServerManager(Generator):
         """Requests that no server may take at the moment."""
         return sum(self._parked.values())
 
-    def _stats_of(self, server: Server) -> ServerStats:
-        totals = server.totals
-        ms = sorted(totals.ms)
-        return ServerStats(
-            url=server.url,
-            state=self._state_of(server),
-            version=server.verified or "",
-            capacity=server.capacity,
-            requests_in_flight=len(server.visits),
-            tokens_in_flight=server.tokens_in_flight,
-            cached_token_ratio=totals.cached_tokens / totals.prompt_tokens if totals.prompt_tokens else 0.0,
-            p50_ms=_percentile(ms, 0.50),
-            p99_ms=_percentile(ms, 0.99),
-            breaker=server.breaker.state(asyncio.get_running_loop().time()),
-            requests_served=totals.requests,
-            tokens_served=totals.tokens,
-            errors=totals.errors,
-            version_mismatches=totals.mismatches,
-            reason=server.quarantine_reason or server.unhealthy_reason,
-        )
-
-    def _state_of(self, server: Server) -> ServerState:
-        if server.unhealthy_reason:
-            return "unhealthy"
-        if server.installing is not None:
-            return "updating"
-        if server.quarantine_reason or (self._required is not None and server.verified is None):
-            return "quarantined"
-        if server.is_draining:
-            return "draining"
-        return "ready" if self._has_version(server) else "stale"
+    def at(self, priority: Priority) -> Generator:
+        """The same servers for callers of another priority, such as an evaluation beside training."""
+        return _AtPriority(self, priority)
 
     # ---- small things
-
-    def _server(self, url: str) -> Server:
-        server = self._servers.get(url.rstrip("/"))
-        if server is None:
-            raise KeyError(f"{url} is not among the {len(self._servers)} servers {self.urls}; add_server it first")
-        return server
 
     def _open_session(self) -> aiohttp.ClientSession:
         if self._session is None:
             self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
         return self._session
 
-    def _new_breaker(self) -> CircuitBreaker:
-        return CircuitBreaker(
-            failures=self._breaker_failures, reset_s=self._breaker_reset_s, max_reset_s=self._breaker_max_reset_s
+
+@dataclass(frozen=True, slots=True)
+class _AtPriority(Generator):
+    """A manager whose requests have one priority."""
+
+    manager: AsyncLLMServerManager
+    priority: Priority
+
+    async def generate(
+        self, ids: Sequence[int], sampling: SamplingParams, *, trajectory_id: str, group_id: str, deadline: float
+    ) -> Generation:
+        return await self.manager.generate(
+            ids, sampling, trajectory_id=trajectory_id, group_id=group_id, deadline=deadline, priority=self.priority
         )
-
-
-def _resolve(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
-
-
-def _percentile(ordered: Sequence[float], q: float) -> float:
-    return ordered[min(len(ordered) - 1, int(q * len(ordered)))] if ordered else float("nan")

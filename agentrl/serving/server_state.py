@@ -5,6 +5,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+from agentrl.serving.load_policy import Count, LoadReport
 from agentrl.serving.sglang_client import PartialGeneration, SGLangClient
 
 BreakerState: TypeAlias = Literal["closed", "open", "half_open"]
@@ -12,6 +13,7 @@ ServerState: TypeAlias = Literal["ready", "updating", "quarantined", "draining",
 """``stale`` is verified, but at a label other than the required one."""
 
 _LATENCY_WINDOW = 512
+_COUNTS_KEPT = 8
 _LABELS_KEPT = 64
 
 
@@ -38,6 +40,13 @@ class ServerStats:
     version_mismatches: int
     reason: str
     """Why it is quarantined or unhealthy."""
+    limit: int | None = None
+    """Requests it may hold at the moment; None leaves queueing to the engine."""
+    engine_running: int | None = None
+    """Requests that the engine itself says it runs; None before it was asked."""
+    engine_waiting: int | None = None
+    foreign_requests: int = 0
+    """Requests that the engine has besides ours."""
 
 
 class CircuitBreaker:
@@ -139,6 +148,13 @@ class Server:
     is_gone: bool = False
     failed_probes: int = 0
     tokens_in_flight: int = 0
+    """Of our requests."""
+    foreign_requests: int = 0
+    """What the engine has besides ours, as its load reports agree."""
+    limit: float | None = None
+    """Requests it may hold, as its load reports suggest."""
+    report: LoadReport | None = None
+    counts: deque[Count] = field(default_factory=lambda: deque[Count](maxlen=_COUNTS_KEPT))
     busy_until: float = 0.0
     labels: list[str] = field(default_factory=list[str])
     """Every label verified here, oldest first."""

@@ -11,6 +11,11 @@ engine holds them), so nothing is parked here and no server is flooded for being
 carry the old and the new label (see ``server_manager``). ``rolling`` updates one drained server after another; until
 the last is done, the label that the others still serve stays admitted.
 
+When a record cannot be served: a server whose update fails is quarantined and tried again while the others go on. When every
+server failed at it several times and none holds it, the newest record of the same epoch that a server was verified at is
+installed again (``_roll_back``), so that generation goes on under a truthful label; the failed one is then tried on one server
+at a time, with backoff, until it holds or a newer one is announced. ``problem`` says so for as long as it lasts.
+
 Cache: in ``in_place`` requests that are held keep their keys and values of the old weights; the manager's per-version
 cache namespaces keep later requests away from them. Every other update flushes the cache. ``in_place`` applies to
 servers in rotation; one that is out of it (new, restarted, quarantined) is paused with ``retract`` and flushed.
@@ -35,6 +40,8 @@ log = logging.getLogger(__name__)
 UpdateMode: TypeAlias = Literal["in_place", "retract", "abort", "rolling"]
 
 _UPDATES_KEPT = 1000
+_GOOD_KEPT = 2
+"""Records that servers were verified at: the one that is served, and the one to go back to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +59,31 @@ class WeightUpdate:
     paused_s: float
     """Seconds during which the server sampled nothing."""
     total_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyProblem:
+    """An announced policy that cannot be served."""
+
+    label: str
+    error: str
+    """What the last server, or the check of the files, said."""
+    serving: str
+    """Label that is served instead; empty when nothing is."""
+    behind: int
+    """Versions between the two."""
+    tries: int
+    """Times that it was given up."""
+
+
+@dataclass(slots=True)
+class _Failed:
+    """A record that was given up, and when it is tried again."""
+
+    record: PolicyRecord
+    error: str
+    tries: int
+    not_before: float
 
 
 @dataclass(slots=True)
@@ -76,7 +108,10 @@ class WeightReconciler:
         drain_timeout_s: ``rolling`` waits this long for a server's requests, then moves them elsewhere.
         backoff_s: pause after a server's first failed update, doubled up to ``max_backoff_s``.
         check_files: compare the weight files with the record's digest, once per record.
+        rollback_after: failed updates of every server after which a record is given up for the previous one.
+        retry_s: pause before a record that was given up is tried on one server, doubled each time up to ``max_retry_s``.
         on_update: called after every attempt.
+        on_problem: called when a record is refused or given up (again), and with None when that is over.
     """
 
     def __init__(
@@ -93,7 +128,11 @@ class WeightReconciler:
         backoff_s: float = 0.25,
         max_backoff_s: float = 10.0,
         check_files: bool = True,
+        rollback_after: int = 2,
+        retry_s: float = 5.0,
+        max_retry_s: float = 300.0,
         on_update: Callable[[WeightUpdate], None] | None = None,
+        on_problem: Callable[[PolicyProblem | None], None] | None = None,
     ) -> None:
         self._manager = manager
         self._read_policy = read_policy
@@ -106,9 +145,22 @@ class WeightReconciler:
         self._backoff_s = backoff_s
         self._max_backoff_s = max_backoff_s
         self._check_files = check_files
-        self._on_update = on_update
+        self._rollback_after = rollback_after
+        self._retry_s, self._max_retry_s = retry_s, max_retry_s
+        self._on_update, self._on_problem = on_update, on_problem
         self._target: PolicyRecord | None = None
-        self._refused: PolicyRecord | None = None
+        self._newest: PolicyRecord | None = None
+        """The newest that was adopted, given up or not."""
+        self._good: deque[PolicyRecord] = deque(maxlen=_GOOD_KEPT)
+        self._refused: _Failed | None = None
+        """Announced, but its files are not what was announced."""
+        self._given_up: _Failed | None = None
+        self._trial: str = ""
+        """The server that tries what was given up."""
+        self._doubtful: dict[str, int] = {}
+        """Url -> incarnation whose last update failed: its label says nothing of its weights."""
+        self._problem: PolicyProblem | None = None
+        self.num_rollbacks = 0
         self._updating: set[str] = set()
         self._backoffs: dict[str, _Backoff] = {}
         self._one_at_a_time = asyncio.Lock()
@@ -120,6 +172,19 @@ class WeightReconciler:
     def target(self) -> PolicyRecord | None:
         """The record that the servers are being brought to."""
         return self._target
+
+    @property
+    def announced(self) -> PolicyRecord | None:
+        """The newest record that was looked at, whether it could be served or not."""
+        refused = self._refused.record if self._refused else None
+        if self._newest is None or (refused is not None and _order(refused) > _order(self._newest)):
+            return refused
+        return self._newest
+
+    @property
+    def problem(self) -> PolicyProblem | None:
+        """The announced policy that cannot be served, while there is one."""
+        return self._problem
 
     @property
     def is_settled(self) -> bool:
@@ -136,6 +201,7 @@ class WeightReconciler:
                 record = await self._read()
                 if record is not None and self._is_newer(record) and await self._is_usable(record):
                     self._adopt(record)
+                self._try_again_what_was_given_up()
                 for url in self._due():
                     self._updating.add(url)
                     group.create_task(self._bring(url), name=f"update {url}")
@@ -156,13 +222,14 @@ class WeightReconciler:
         return record
 
     def _is_newer(self, record: PolicyRecord) -> bool:
-        """Servers never go back: not to an older epoch, nor to an older version of the same epoch."""
-        if self._target is None:
-            return True
-        return (record.run_epoch, record.version) > (self._target.run_epoch, self._target.version)
+        """Servers never go back: not to an older epoch, nor by themselves to an older version of the same epoch."""
+        return self._newest is None or _order(record) > _order(self._newest)
 
     async def _is_usable(self, record: PolicyRecord) -> bool:
-        """Whether the files are there and are what was announced. A refused record is looked at again on the next poll."""
+        """Whether the files are there and are what was announced. A refused record is looked at again after a while."""
+        now, refused = asyncio.get_running_loop().time(), self._refused
+        if refused is not None and refused.record == record and now < refused.not_before:
+            return False
         try:
             if record.kind != "full":
                 raise WeightSyncError(f"policy {record.label} has kind {record.kind!r}: not supported yet. Publish full weights.")
@@ -174,23 +241,90 @@ class WeightReconciler:
                         f"{record.digest}: they were overwritten or damaged. Publish into a new directory per version."
                     )
         except (OSError, WeightSyncError, ValueError) as error:
-            if record != self._refused:
+            tries = refused.tries + 1 if refused is not None and refused.record == record else 1
+            if tries == 1:
                 log.warning("policy not adopted label=%s error=%s", record.label, error)
-            self._refused = record
+            wait_s = min(self._backoff_s * 2 ** (tries - 1), self._max_backoff_s)
+            self._refused = _Failed(record, str(error), tries, now + wait_s)
+            self._say(self._refused)
             return False
         return True
 
     def _adopt(self, record: PolicyRecord) -> None:
         """Switch the required label and mark every server as updating, without an await between: nothing is unroutable."""
         log.info("policy adopted label=%s path=%s", record.label, record.path)
-        self._target, self._refused = record, None
+        self._target = self._newest = record
+        self._refused = self._given_up = None
+        self._trial = ""
+        if any(self._manager.verified_label(url) == record.label for url in self._manager.urls):
+            self._is_good(record)
+        self._switch_to(record)
+
+    def _switch_to(self, record: PolicyRecord) -> None:
         if self._mode == "rolling":
             self._admit_old_labels_while_rolling(record)
             return
         self._manager.require_version(record.label)
         for url in self._manager.urls:
-            if self._manager.verified_label(url) is not None and url not in self._updating:
+            if self._manager.verified_label(url) not in (None, record.label) and url not in self._updating:
                 self._manager.begin_update(url, record.label)
+
+    # ---- what cannot be served
+
+    def _roll_back(self, record: PolicyRecord, error: str) -> None:
+        """Every server failed at the record and none holds it: serve the newest good one of its epoch again."""
+        good = next((r for r in reversed(self._good) if r.run_epoch == record.run_epoch and r != record), None)
+        if good is None:
+            return
+        self.num_rollbacks += 1
+        self._give_up(record, error)
+        log.error("policy rolled back from=%s to=%s: every server failed to load it: %s", record.label, good.label, error)
+        self._target = good
+        self._manager.require_version(good.label)
+        if self._given_up is not None:
+            self._say(self._given_up)
+
+    def _give_up(self, record: PolicyRecord, error: str) -> None:
+        tries = self._given_up.tries + 1 if self._given_up is not None and self._given_up.record == record else 1
+        wait_s = min(self._retry_s * 2 ** (tries - 1), self._max_retry_s)
+        self._given_up = _Failed(record, error, tries, asyncio.get_running_loop().time() + wait_s)
+        self._trial = ""
+
+    def _try_again_what_was_given_up(self) -> None:
+        """Let one server try it beside the others, which go on with the record that is served."""
+        failed, target = self._given_up, self._target
+        if self._trial not in self._manager.urls:
+            self._trial = ""
+        if failed is None or target is None or self._trial or asyncio.get_running_loop().time() < failed.not_before:
+            return
+        idle = [stats for stats in self._manager.stats() if stats.url not in self._updating]
+        if not idle:
+            return
+        # One that is out of rotation costs nothing, then the least busy one.
+        self._trial = min(idle, key=lambda stats: (stats.version == target.label, stats.tokens_in_flight)).url
+        self._backoffs.pop(self._trial, None)
+        log.info("policy tried again label=%s url=%s try=%d", failed.record.label, self._trial, failed.tries + 1)
+        self._manager.require_version(target.label, also=(failed.record.label,))
+
+    def _say(self, failed: _Failed | None) -> None:
+        problem = None
+        if failed is not None:
+            serving = self._target
+            problem = PolicyProblem(
+                label=failed.record.label,
+                error=failed.error,
+                serving=serving.label if serving else "",
+                behind=failed.record.version - serving.version if serving and serving.run_epoch == failed.record.run_epoch else 0,
+                tries=failed.tries,
+            )
+        changed = problem != self._problem
+        self._problem = problem
+        if changed and self._on_problem is not None:
+            self._on_problem(problem)
+
+    def _record_for(self, url: str) -> PolicyRecord | None:
+        """What this server is to be brought to."""
+        return self._given_up.record if self._given_up is not None and url == self._trial else self._target
 
     def _admit_old_labels_while_rolling(self, target: PolicyRecord) -> None:
         verified = {self._manager.verified_label(url) for url in self._manager.urls}
@@ -200,13 +334,13 @@ class WeightReconciler:
 
     def _due(self) -> list[str]:
         """Servers that are not at the target, not being updated and not backing off."""
-        target = self._target
-        if target is None:
+        if self._target is None:
             return []
         now = asyncio.get_running_loop().time()
         due: list[str] = []
         for url in self._manager.urls:
-            if url in self._updating or self._manager.verified_label(url) == target.label:
+            target = self._record_for(url)
+            if url in self._updating or target is None or self._manager.verified_label(url) == target.label:
                 continue
             backoff = self._backoffs.get(url)
             if backoff is not None and (backoff.incarnation != self._manager.incarnation(url) or backoff.record != target):
@@ -228,7 +362,7 @@ class WeightReconciler:
 
     async def _attempt(self, url: str) -> None:
         """One update of one server, to what is the target when it starts. Its failure is this server's only."""
-        record = self._target
+        record = self._record_for(url)
         if record is None or url not in self._manager.urls:
             return
         loop = asyncio.get_running_loop()
@@ -238,7 +372,7 @@ class WeightReconciler:
         paused_s = 0.0
         problem = ""
         try:
-            if is_first and await self._already_serves(client, record):
+            if is_first and await self._already_serves(client, record, is_doubtful=self._doubtful.get(url) == incarnation):
                 log.info("server already serves the policy url=%s label=%s", url, record.label)
             elif not await self._has_files(record):
                 self._manager.cancel_update(url)
@@ -254,10 +388,7 @@ class WeightReconciler:
         if problem:
             self._failed(url, record, problem)
         else:
-            self._backoffs.pop(url, None)
-            self._manager.set_verified(url, record.label)
-            if self._mode == "rolling" and self._target is not None:
-                self._admit_old_labels_while_rolling(self._target)
+            self._succeeded(url, record)
         self._report(
             WeightUpdate(
                 url=url,
@@ -278,10 +409,13 @@ class WeightReconciler:
         log.info("policy files are gone, reading the record again label=%s path=%s", record.label, record.path)
         return False
 
-    async def _already_serves(self, client: SGLangClient, record: PolicyRecord) -> bool:
-        """A server that outlived its ``serve`` process may be right as it is; it may also have been left paused."""
+    async def _already_serves(self, client: SGLangClient, record: PolicyRecord, *, is_doubtful: bool) -> bool:
+        """A server that outlived its ``serve`` process may be right as it is; it may also have been left paused.
+
+        After a failed update only a digest is believed: SGLang can report the old label over new weights.
+        """
         info = await client.describe(timeout_s=self._control_timeout_s)
-        if info.label != record.label or info.digest not in (None, record.digest):
+        if info.label != record.label or info.digest not in (None, record.digest) or (is_doubtful and info.digest is None):
             return False
         await client.continue_generation(timeout_s=self._control_timeout_s)
         return True
@@ -340,6 +474,23 @@ class WeightReconciler:
         if url in self._manager.urls:
             self._manager.quarantine(url, reason)
 
+    def _succeeded(self, url: str, record: PolicyRecord) -> None:
+        self._backoffs.pop(url, None)
+        self._doubtful.pop(url, None)
+        self._manager.set_verified(url, record.label)
+        self._is_good(record)
+        if self._given_up is not None and record == self._given_up.record:
+            self._adopt(record)  # it holds after all
+        elif self._mode == "rolling" and self._target is not None and self._given_up is None:
+            self._admit_old_labels_while_rolling(self._target)
+        if self._given_up is None and self._refused is None:
+            self._say(None)
+
+    def _is_good(self, record: PolicyRecord) -> None:
+        """A server holds it: it can be gone back to."""
+        if record not in self._good:
+            self._good.append(record)
+
     def _failed(self, url: str, record: PolicyRecord, problem: str) -> None:
         backoff = self._backoffs.get(url)
         failures = backoff.failures + 1 if backoff else 1
@@ -347,12 +498,31 @@ class WeightReconciler:
         now = asyncio.get_running_loop().time()
         self._backoffs[url] = _Backoff(self._manager.incarnation(url), record, failures, now + wait_s)
         self._manager.quarantine(url, problem)
+        self._doubtful[url] = self._manager.incarnation(url)
         log.warning("weight update failed url=%s label=%s try=%d again_in_s=%g: %s", url, record.label, failures, wait_s, problem)
+        if url == self._trial and self._given_up is not None and record == self._given_up.record:
+            self._give_up(record, problem)
+            self._say(self._given_up)
+        elif record == self._target and all(self._has_failed_at(other, record) for other in self._manager.urls):
+            self._roll_back(record, problem)
+
+    def _has_failed_at(self, url: str, record: PolicyRecord) -> bool:
+        backoff = self._backoffs.get(url)
+        return (
+            self._manager.verified_label(url) != record.label
+            and backoff is not None
+            and backoff.record == record
+            and backoff.failures >= self._rollback_after
+        )
 
     def _report(self, update: WeightUpdate) -> None:
         self.updates.append(update)
         if self._on_update is not None:
             self._on_update(update)
+
+
+def _order(record: PolicyRecord) -> tuple[int, int]:
+    return record.run_epoch, record.version
 
 
 def _verify(url: str, info: ModelInfo, record: PolicyRecord) -> None:

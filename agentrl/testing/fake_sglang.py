@@ -63,6 +63,7 @@ class _Live:
     num_sent: int = 0
     num_retractions: int = 0
     is_aborted: bool = False
+    is_lost: bool = False
 
     @property
     def finish(self) -> dict[str, Any] | None:
@@ -92,6 +93,7 @@ class FakeSGLang:
         port: 0 takes a free one at the first start.
         check_path: refuse updates from a directory that does not exist, as SGLang does.
         sampler: the token after a context; must be a pure function of it.
+        max_running: requests that generate at once; the others queue. None takes any number.
     """
 
     def __init__(
@@ -107,7 +109,13 @@ class FakeSGLang:
         check_path: bool = True,
         port: int = 0,
         sampler: Callable[[Sequence[int]], int] = next_token,
+        max_running: int | None = None,
     ) -> None:
+        self.max_running = max_running
+        self.refused_paths: set[str] = set()
+        """Directories whose weights it cannot load."""
+        self.num_foreign = 0
+        """Requests of somebody else that the load report counts."""
         self._sampler = sampler
         self.base_label = label
         self.label = label
@@ -211,6 +219,11 @@ class FakeSGLang:
         """Forget the scripted refusals that are left."""
         self._failed_updates.clear()
 
+    def lose_requests(self) -> None:
+        """Forget what runs without telling its clients, as after a half-open connection."""
+        for live in self._live.values():
+            live.is_lost = True
+
     def stall(self, *, stalled: bool = True) -> None:
         """Accept generations and never answer; other calls work."""
         self._stalled = stalled
@@ -280,8 +293,8 @@ class FakeSGLang:
         self.max_live = max(self.max_live, len(self._live))
         crash_at = self._crashes.popleft() if self._crashes else None
         try:
-            if self._stalled:
-                await asyncio.Event().wait()
+            while self._stalled or (self._is_queued(live) and not live.is_aborted):
+                await self._next_departure()
             return await (self._stream(request, live, crash_at) if body.get("stream") else self._answer(live))
         except asyncio.CancelledError:
             self.num_disconnects += 1
@@ -289,6 +302,9 @@ class FakeSGLang:
         finally:
             self._live.pop(rid, None)
             self._departed.set()
+
+    def _is_queued(self, live: _Live) -> bool:
+        return self.max_running is not None and live not in list(self._live.values())[: self.max_running]
 
     async def _next_departure(self) -> None:
         self._departed.clear()
@@ -335,6 +351,8 @@ class FakeSGLang:
 
     async def _sample(self, live: _Live) -> None:
         """One token, or all of them when tokens take no time; held while paused."""
+        if live.is_lost:
+            await asyncio.Event().wait()
         while not self._resumed.is_set() and not live.is_aborted:
             if self._pause_mode == "retract" and live.num_retractions == 0:
                 live.num_retractions = 1
@@ -377,6 +395,7 @@ class FakeSGLang:
         if mode == "abort":
             for live in self._live.values():
                 live.is_aborted = True
+            self._departed.set()
             while any(live.is_aborted for live in self._live.values()):
                 await self._next_departure()
         return web.json_response({"message": "Generation paused successfully.", "status": "ok"})
@@ -393,6 +412,8 @@ class FakeSGLang:
         if self._failed_updates:
             failure = self._failed_updates.popleft()
             return web.Response(status=failure.status, text=failure.body, content_type="application/json")
+        if body["model_path"] in self.refused_paths:
+            return web.json_response({"success": False, "message": f"{body['model_path']} does not load"}, status=400)
         is_missing = self.check_path and not os.path.isdir(body["model_path"])  # noqa: ASYNC240  # a stat in a test double
         if is_missing:
             return web.json_response({"success": False, "message": f"{body['model_path']} does not exist"}, status=400)
@@ -438,7 +459,17 @@ class FakeSGLang:
         return web.json_response({"disable_overlap_schedule": True, "weight_version": self.base_label})
 
     async def _loads(self, request: web.Request) -> web.Response:
-        load = {"dp_rank": 0, "num_running_reqs": len(self._live), "num_waiting_reqs": 0}
+        known = self.num_foreign + sum(not live.is_lost for live in self._live.values())
+        running = known if self.max_running is None else min(known, self.max_running)
+        held = running if self.is_paused else 0
+        load = {
+            "dp_rank": 0,
+            "num_running_reqs": running - held,
+            "num_waiting_reqs": known - running,
+            "token_usage": 0.0,
+            "max_running_requests": None,
+            "queues": {"paused": held},
+        }
         return web.json_response({"version": "fake", "loads": [load]})
 
     async def _ready(self, request: web.Request) -> web.Response:

@@ -11,7 +11,7 @@ import pytest
 from agentrl.errors import StreamError
 from agentrl.serving.digest import weights_digest
 from agentrl.serving.server_manager import NO_POLICY, AsyncLLMServerManager
-from agentrl.serving.weight_reconciler import UpdateMode, WeightReconciler, WeightUpdate
+from agentrl.serving.weight_reconciler import PolicyProblem, UpdateMode, WeightReconciler, WeightUpdate
 from agentrl.testing.fake_sglang import FakeSGLang, pseudo_tokens
 from agentrl.types import Generation, PolicyRecord, SamplingParams
 
@@ -297,6 +297,90 @@ async def test_a_hung_update_ends_at_its_limit_and_requests_move(tmp_path: Path)
         for task in asked:
             assert task.result().ids == pseudo_tokens(PROMPT, 100)
         assert any("no answer within 0.2 s" in update.error for update in reconciler.updates)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("mode", ["in_place", "abort", "rolling"])
+async def test_a_policy_that_no_server_loads_is_rolled_back_and_generation_goes_on_truthfully(
+    tmp_path: Path, mode: UpdateMode
+) -> None:
+    problems: list[PolicyProblem | None] = []
+    async with reconciled(tmp_path, 2, mode=mode, latency_s=0.001, retry_s=60.0, on_problem=problems.append) as (
+        manager,
+        servers,
+        policies,
+        reconciler,
+    ):
+        good = policies.announce(0)
+        await until(lambda: settled(reconciler, policies))
+        bad = policies.write(1)
+        for server in servers:
+            server.refused_paths.add(bad.path)
+        async with asyncio.TaskGroup() as group:
+            asked = [group.create_task(ask(manager, num_tokens=200, name=f"t{index}")) for index in range(6)]
+            await until(lambda: sum(server.num_tokens for server in servers) > 40)
+            policies.record = bad
+            await until(lambda: reconciler.num_rollbacks == 1)
+            later = group.create_task(ask(manager, name="later"))
+        for task in asked:
+            assert task.result().ids == pseudo_tokens(PROMPT, 200)
+            assert set(task.result().versions) == {0}
+        assert set(later.result().versions) == {0}
+        await until(lambda: reconciler.is_settled)
+        assert reconciler.target == good
+        assert reconciler.announced == bad
+        assert [server.label for server in servers] == ["e1-v0"] * 2
+        for server in servers:
+            paths = [update["model_path"] for update in server.updates]
+            assert paths == [good.path, *[bad.path] * (len(paths) - 2), good.path], "what a failed update left is not trusted"
+        (problem,) = problems
+        assert problem is not None
+        assert (problem.label, problem.serving, problem.behind, problem.tries) == ("e1-v1", "e1-v0", 1, 1)
+        assert "does not load" in problem.error
+        assert not any(server.is_paused for server in servers)
+        policies.announce(2)
+        await until(lambda: settled(reconciler, policies))
+        assert problems[-1] is None
+        assert reconciler.problem is None
+        assert set((await ask(manager, name="last")).versions) == {2}
+
+
+@pytest.mark.asyncio
+async def test_a_policy_that_was_given_up_is_tried_on_one_server_until_it_holds(tmp_path: Path) -> None:
+    async with reconciled(tmp_path, 3, retry_s=0.05, max_retry_s=0.05) as (manager, servers, policies, reconciler):
+        policies.announce(0)
+        await until(lambda: settled(reconciler, policies))
+        bad = policies.write(1)
+        for server in servers:
+            server.refused_paths.add(bad.path)
+        policies.record = bad
+        await until(lambda: reconciler.problem is not None and reconciler.problem.tries >= 3)
+        out = 0
+        for _ in range(50):
+            await asyncio.sleep(0.004)
+            out = max(out, sum(stats.state in ("quarantined", "updating") for stats in manager.stats()))
+            assert set((await ask(manager)).versions) == {0}
+        assert out <= 1, "the others go on meanwhile"
+        assert reconciler.num_rollbacks == 1
+        for server in servers:
+            server.refused_paths.clear()
+        await until(lambda: settled(reconciler, policies))
+        assert reconciler.problem is None
+        assert set((await ask(manager)).versions) == {1}
+
+
+@pytest.mark.asyncio
+async def test_without_an_earlier_policy_of_the_same_learner_nothing_is_rolled_back(tmp_path: Path) -> None:
+    async with reconciled(tmp_path, 1) as (manager, servers, policies, reconciler):
+        policies.announce(7)
+        await until(lambda: settled(reconciler, policies))
+        bad = policies.write(5, epoch=2)
+        servers[0].refused_paths.add(bad.path)
+        policies.record = bad
+        await until(lambda: sum(bool(update.error) for update in reconciler.updates) >= 4)
+        assert (reconciler.num_rollbacks, manager.stats()[0].state) == (0, "quarantined")
+        servers[0].refused_paths.clear()
+        await until(lambda: settled(reconciler, policies))
 
 
 @pytest.mark.asyncio
