@@ -155,6 +155,7 @@ async def _rollouts(config: Config, directory: RunDir) -> AsyncGenerator[tuple[R
                         "rollout_failed", id=rollout_id, kind=error.kind, error=str(error)
                     ),
                     paused=toolbox.blocked,
+                    requeued=producer.requeued,
                 )
                 async with running(reconciler=reconciler.run()):
                     yield worker, lambda: _status(worker, manager, meter, progress, toolbox.stats())

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from agentrl.rollout.admission import admit, group_budget
 from agentrl.rollout.circuit import CircuitBreaker
 from agentrl.rollout.group import GroupPlan, RolloutFunction, possible_ids, run_group
 from agentrl.supervise import current_waits, deadline, waiting
-from agentrl.types import Episode, Task, Trajectory
+from agentrl.types import Episode, Task, Trajectory, group_id_of
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +78,7 @@ class RolloutWorker:
         on_trajectory: told of each trajectory just before it goes onto the stream; must be quick.
         on_failure: told of each failed attempt: its id, the error (whose ``partial`` may hold what was rolled out).
         paused: a wait reason while no new group may start, else None; ``Toolbox.blocked`` is one.
+        requeued: ordinal -> round of groups that the learner gave back; they start before new ones. None where nothing gives back.
         last_ordinal: stop before this ordinal; None never stops.
         poll_s: how often progress is read while blocked.
     """
@@ -100,6 +101,7 @@ class RolloutWorker:
         on_trajectory: Callable[[Trajectory, Episode | None], None] | None = None,
         on_failure: Callable[[str, RolloutError], None] | None = None,
         paused: Callable[[], str | None] | None = None,
+        requeued: Callable[[], Awaitable[Mapping[int, int]]] | None = None,
         last_ordinal: int | None = None,
         poll_s: float = 0.05,
     ) -> None:
@@ -118,6 +120,7 @@ class RolloutWorker:
         self._on_trajectory = on_trajectory
         self._on_failure = on_failure
         self._paused = paused
+        self._requeued = requeued
         self._last_ordinal = last_ordinal
         self._poll_s = poll_s
         self._permits = asyncio.Semaphore(in_flight)
@@ -194,6 +197,7 @@ class RolloutWorker:
             "failed": dict(self._failed),
             "retried": self._counts["retried"],
             "groups_closed": self._counts["groups_closed"],
+            "groups_again": self._counts["groups_again"],
             "groups_without_members": self._counts["groups_without_members"],
             "tokens_sampled": self._counts["tokens_sampled"],
             "tokens_observed": self._counts["tokens_observed"],
@@ -257,6 +261,13 @@ class RolloutWorker:
         return (1, "") if self._breaker.is_open else (room, "")
 
     async def _start(self, groups: asyncio.TaskGroup, room: int) -> None:
+        given_back = await self._requeued() if self._requeued is not None else {}
+        # Lowest first, and before new ones: what waits longest is what the run's cursor stands at.
+        again = [(ordinal, round_) for ordinal, round_ in sorted(given_back.items()) if ordinal not in self._groups][:room]
+        for ordinal, round_ in again:
+            self._counts["groups_again"] += 1
+            self._begin(groups, ordinal, round_)
+        room -= len(again)
         ordinals = range(self._next, self._next + room)
         if self._last_ordinal is not None:
             ordinals = range(self._next, min(ordinals.stop, self._last_ordinal))
@@ -264,10 +275,13 @@ class RolloutWorker:
         self._next = ordinals.stop
         for ordinal in ordinals:
             if ordinal not in closed:
-                self._unfinished[ordinal] = self._plan.size
-                task = groups.create_task(self._group(ordinal), name=f"group {ordinal}")
-                self._groups[ordinal] = task
-                task.add_done_callback(lambda _, ordinal=ordinal: self._forget(ordinal))
+                self._begin(groups, ordinal, 0)
+
+    def _begin(self, groups: asyncio.TaskGroup, ordinal: int, round_: int) -> None:
+        self._unfinished[ordinal] = self._plan.size
+        task = groups.create_task(self._group(ordinal, round_), name=f"group {ordinal}")
+        self._groups[ordinal] = task
+        task.add_done_callback(lambda _: self._forget(ordinal))
 
     def _forget(self, ordinal: int) -> None:
         self._groups.pop(ordinal, None)
@@ -292,9 +306,9 @@ class RolloutWorker:
 
     # Groups
 
-    async def _group(self, ordinal: int) -> None:
+    async def _group(self, ordinal: int, round_: int) -> None:
         task = self._task_at(ordinal)
-        already = await self._sink.present(possible_ids(f"{task.id}/{ordinal}", self._plan))
+        already = await self._sink.present(possible_ids(group_id_of(task.id, ordinal, round_), self._plan))
 
         def member_ended() -> None:
             if ordinal in self._unfinished:
@@ -308,6 +322,7 @@ class RolloutWorker:
             rollout=self._timed,
             sink=self._sink,
             permits=self._permits,
+            round_=round_,
             already=already,
             listener=self,
             on_member_end=member_ended,

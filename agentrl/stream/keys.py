@@ -36,6 +36,7 @@ KEY_NAMES: Final = (
     "progress",
     "closed",
     "open",
+    "requeued",
     "fingerprint",
 )
 
@@ -92,6 +93,11 @@ class Keys:
     @property
     def open(self) -> str:
         return self.prefix + "open"
+
+    @property
+    def requeued(self) -> str:
+        """Sorted set: ordinal -> round, of groups that the learner gave back and that have not closed again."""
+        return self.prefix + "requeued"
 
     @property
     def fingerprint(self) -> str:

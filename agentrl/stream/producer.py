@@ -172,11 +172,19 @@ class TrajectoryProducer:
             closed.update(ordinal for ordinal, bit in zip(chunk, bits, strict=True) if bit)
         return closed
 
+    async def requeued(self) -> dict[int, int]:
+        """Ordinal -> round of the groups that the learner gave back and that have not closed again, lowest ordinal first."""
+        pairs = cast(
+            "list[tuple[bytes, float]]",
+            await self._call(lambda: self._client.zrange(self._keys.requeued, 0, -1, withscores=True), "reading requeued groups"),
+        )
+        return dict(sorted((int(ordinal), int(round_)) for ordinal, round_ in pairs))
+
     # -- one round trip each ------------------------------------------------------------------------------------------
 
     def _stream_keys(self) -> list[str]:
         keys = self._keys
-        return [keys.traj, keys.dedupe, keys.stats, keys.closed, keys.open]
+        return [keys.traj, keys.dedupe, keys.stats, keys.closed, keys.open, keys.requeued]
 
     async def _put_when_room(self, t: Trajectory, payload: bytes) -> str:
         """Poll with the cheap check until there is room; only then send the payload."""

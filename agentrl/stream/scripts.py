@@ -11,10 +11,20 @@ DEAD_MAXLEN: Final = 1000
 
 _ALLOW_OOM: Final = "#!lua flags=allow-oom\n"
 
-_ADMIT: Final = """
-local function state_of(dedupe, closed, id, ordinal)
+_AGAIN: Final = """
+-- A closed ordinal that the learner gave back is open again for exactly one round of it.
+local function is_again(requeued, ordinal, group_id)
+  local round = redis.call('ZSCORE', requeued, ordinal)
+  return round and tonumber(round) == tonumber(string.match(group_id, '%+again(%d+)$'))
+end
+"""
+
+_ADMIT: Final = (
+    _AGAIN
+    + """
+local function state_of(dedupe, closed, requeued, id, group_id, ordinal)
   if redis.call('ZSCORE', dedupe, id) then return 'DUP' end
-  if redis.call('GETBIT', closed, ordinal) == 1 then return 'LATE' end
+  if redis.call('GETBIT', closed, ordinal) == 1 and not is_again(requeued, ordinal, group_id) then return 'LATE' end
   return nil
 end
 -- 'items' bounds what no learner has taken yet; 'bytes' bounds all that lives, unless the group has already begun.
@@ -35,13 +45,14 @@ local function full(traj, stats, open, group_id, bytes, max_items, max_bytes, no
   return why
 end
 """
+)
 
 ROOM: Final = (
     _ALLOW_OOM
     + _ADMIT
     + """
--- KEYS traj dedupe stats closed open | ARGV id group ordinal now max_items max_bytes bytes
-local known = state_of(KEYS[2], KEYS[4], ARGV[1], ARGV[3])
+-- KEYS traj dedupe stats closed open requeued | ARGV id group ordinal now max_items max_bytes bytes
+local known = state_of(KEYS[2], KEYS[4], KEYS[6], ARGV[1], ARGV[2], ARGV[3])
 if known then return known end
 if full(KEYS[1], KEYS[3], KEYS[5], ARGV[2], tonumber(ARGV[7]), tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[4]))
 then return 'FULL' end
@@ -52,9 +63,9 @@ return 'ROOM'
 PUT: Final = (
     _ADMIT
     + """
--- KEYS traj dedupe stats closed open blob | ARGV id group ordinal now max_items max_bytes forget_before side payload
+-- KEYS traj dedupe stats closed open requeued blob | ARGV id group ordinal now max_items max_bytes forget_before side payload
 local id, group_id, now, payload = ARGV[1], ARGV[2], tonumber(ARGV[4]), ARGV[9]
-local known = state_of(KEYS[2], KEYS[4], id, ARGV[3])
+local known = state_of(KEYS[2], KEYS[4], KEYS[6], id, group_id, ARGV[3])
 if known == 'DUP' then return 'DUP' end
 if known == 'LATE' then
   redis.call('ZADD', KEYS[2], now, id)
@@ -64,7 +75,7 @@ if known == 'LATE' then
 end
 if full(KEYS[1], KEYS[3], KEYS[5], group_id, #payload, tonumber(ARGV[5]), tonumber(ARGV[6]), now) then return 'FULL' end
 if ARGV[8] == '1' then
-  redis.call('SET', KEYS[6], payload)
+  redis.call('SET', KEYS[7], payload)
   redis.call('XADD', KEYS[1], '*', 't', id, 'g', group_id, 'k', 't', 'n', #payload, 's', '1')
 else
   redis.call('XADD', KEYS[1], '*', 't', id, 'g', group_id, 'k', 't', 'n', #payload, 'b', payload)
@@ -81,10 +92,11 @@ return 'OK'
 
 CLOSE: Final = (
     _ALLOW_OOM
+    + _AGAIN
     + """
--- KEYS traj dedupe stats closed open | ARGV id group ordinal now size payload num_members members.. (reason count)..
+-- KEYS traj dedupe stats closed open requeued | ARGV id group ordinal now size payload num_members members.. (reason count)..
 local id, group_id, ordinal, payload = ARGV[1], ARGV[2], ARGV[3], ARGV[6]
-if redis.call('GETBIT', KEYS[4], ordinal) == 1 then
+if redis.call('GETBIT', KEYS[4], ordinal) == 1 and not is_again(KEYS[6], ordinal, group_id) then
   if redis.call('HEXISTS', KEYS[5], group_id) == 1 then return {'TAKEN'} end
   return {'DUP'}
 end
@@ -104,6 +116,7 @@ if unreported > 0 then redis.call('HINCRBY', KEYS[3], 'outcome:failed:unreported
 redis.call('XADD', KEYS[1], '*', 't', id, 'g', group_id, 'k', 'c', 'n', #payload, 'b', payload)
 redis.call('ZADD', KEYS[2], ARGV[4], id)
 redis.call('SETBIT', KEYS[4], ordinal, 1)
+redis.call('ZREM', KEYS[6], ordinal)
 redis.call('HDEL', KEYS[5], group_id)
 redis.call('HINCRBY', KEYS[3], 'bytes', #payload)
 redis.call('HINCRBY', KEYS[3], 'closed_groups', 1)
@@ -134,7 +147,7 @@ COMMIT: Final = (
     _ALLOW_OOM
     + _FENCED
     + f"""
--- KEYS fence traj stats dead dedupe | ARGV epoch prefix (entry kind id bytes side outcome reason)..
+-- KEYS fence traj stats dead dedupe requeued | ARGV epoch prefix (entry kind id bytes side outcome reason)..
 for i = 3, #ARGV, 7 do
   local entry, kind, id, outcome, reason = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 5], ARGV[i + 6]
   if reason ~= '' then
@@ -152,7 +165,16 @@ for i = 3, #ARGV, 7 do
   if redis.call('XDEL', KEYS[2], entry) == 1 then
     if kind ~= 'foreign' then redis.call('HINCRBY', KEYS[3], 'bytes', -tonumber(ARGV[i + 3])) end
     if ARGV[i + 4] == '1' then redis.call('DEL', ARGV[2] .. id) end
-    if kind == 'c' then redis.call('HINCRBY', KEYS[3], 'committed_groups', 1) end
+    if kind == 'c' then
+      redis.call('HINCRBY', KEYS[3], 'committed_groups', 1)
+      -- With the entry's end, so that a repeated commit cannot give the group back twice.
+      local ordinal, round = string.match(outcome, '^again:(%d+):(%d+)$')
+      if ordinal then
+        redis.call('ZADD', KEYS[6], round, ordinal)
+        redis.call('HINCRBY', KEYS[3], 'requeued_groups', 1)
+        outcome = ''
+      end
+    end
     if outcome ~= '' then redis.call('HINCRBY', KEYS[3], 'outcome:' .. outcome, 1) end
   end
 end
