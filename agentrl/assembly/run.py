@@ -45,6 +45,17 @@ DRAIN_LIMIT_S = 120.0
 """How long a child may take to drain before it is killed."""
 
 
+class RunInterrupted(AgentRLError):
+    """A signal ended the run before the learner had made its steps; everything is drained and saved."""
+
+    def __init__(self, directory: RunDir, number: int) -> None:
+        super().__init__(
+            f"{signal.Signals(number).name} ended the run before its last step. What was learned is saved in {directory.root}: "
+            "the same command goes on from there"
+        )
+        self.exit_code = 128 + number
+
+
 class RunFailed(AgentRLError):
     """A part of the run could not be kept alive."""
 
@@ -108,6 +119,7 @@ def run(config: Config, arguments: Sequence[str], *, tick: Callable[[RunDir], No
 
     Raises:
         RunFailed: a child kept dying; the message holds the end of its log.
+        RunInterrupted: SIGINT or SIGTERM came first; the children were drained.
         ConfigError: the run is already active.
     """
     directory = run_dir_of(config).create()
@@ -128,7 +140,7 @@ def run(config: Config, arguments: Sequence[str], *, tick: Callable[[RunDir], No
             for child in children:
                 child.start()
             watcher.start()
-            _supervise(children, directory, stop, guard, tick, max_restarts=config.run.max_restarts)
+            is_complete = _supervise(children, directory, stop, guard, tick, max_restarts=config.run.max_restarts)
     except AgentRLError as error:
         directory.event("run_failed", error=str(error))
         raise
@@ -141,6 +153,8 @@ def run(config: Config, arguments: Sequence[str], *, tick: Callable[[RunDir], No
         if sys.exc_info()[0] is None:
             directory.event("run_ended")
         directory.deregister("run")
+    if not is_complete:
+        raise RunInterrupted(directory, stop.number)
     return directory
 
 
@@ -182,8 +196,8 @@ def _supervise(
     tick: Callable[[RunDir], None] | None,
     *,
     max_restarts: int,
-) -> None:
-    """Watch until the learner exits cleanly, a signal comes, or a child cannot be kept alive."""
+) -> bool:
+    """Watch until the learner exits cleanly (True), a signal comes (False), or a child cannot be kept alive."""
     while not stop.requested:
         guard.look()
         for child in children:
@@ -192,11 +206,12 @@ def _supervise(
                 continue
             directory.deregister(child.role)
             if code == 0 and child.role == "learn":
-                return
+                return True
             _restart(child, code, directory, max_restarts=max_restarts)
         if tick is not None:
             tick(directory)
         time.sleep(0.2)
+    return False
 
 
 def _restart(child: Child, code: int, directory: RunDir, *, max_restarts: int) -> None:
@@ -268,6 +283,7 @@ class _StopOnSignal:
     def __init__(self) -> None:
         self.requested = False
         self.impatient = False
+        self.number = 0
 
     def __enter__(self) -> "_StopOnSignal":
         self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -280,4 +296,5 @@ class _StopOnSignal:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.impatient = self.requested
         self.requested = True
+        self.number = self.number or number
         log.warning("stopping: serve drains, learn writes a checkpoint. Once more ends at once")

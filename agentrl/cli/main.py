@@ -1,4 +1,5 @@
-"""``agentrl``: every command. Exit code 0 only when all is well, 2 for a wrong setting, 1 for anything else."""
+"""``agentrl``: every command. Exit code 0 only when all is well, 2 for a wrong setting, 128 + the signal for a run that a signal
+ended early (130 after Ctrl-C), 1 for anything else."""
 
 import json
 import os
@@ -60,7 +61,7 @@ def _exit_code(command: Callable[[], Any]) -> int:
         return 2
     except AgentRLError as error:
         print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+        return int(getattr(error, "exit_code", 1))
     except Exception:  # noqa: BLE001 - the process's edge
         traceback.print_exc()
         return 1
@@ -91,7 +92,7 @@ def quickstart(
 
 @app.command()
 def run(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Supervise sandbox, stream, serve and learn on this machine until the learner is done. Ctrl-C drains."""
+    """Supervise sandbox, stream, serve and learn on this machine until the learner is done. Ctrl-C drains and exits with 130."""
     from agentrl.assembly.run import run as supervise
     from agentrl.cli.view import RunView
 

@@ -9,6 +9,9 @@ from typing import Final
 DEAD_MAXLEN: Final = 1000
 """Dead letters kept. Only this stream is ever trimmed by length: on the trajectory stream that loses entries."""
 
+DEAD_BLOB_BYTES: Final = 256 << 20
+"""Payloads of large dead letters kept in all; the oldest go first, and their letters can then only be dropped."""
+
 _ALLOW_OOM: Final = "#!lua flags=allow-oom\n"
 
 _AGAIN: Final = """
@@ -147,8 +150,23 @@ COMMIT: Final = (
     _ALLOW_OOM
     + _FENCED
     + f"""
--- KEYS fence traj stats dead dedupe requeued | ARGV epoch prefix (entry kind id bytes side outcome reason)..
-for i = 3, #ARGV, 7 do
+-- KEYS fence traj stats dead dedupe requeued dead_blobs
+-- ARGV epoch blob_prefix dead_blob_prefix (entry kind id bytes side outcome reason)..
+local function keep_payload(id)
+  if redis.call('EXISTS', ARGV[2] .. id) == 0 then return end
+  redis.call('RENAME', ARGV[2] .. id, ARGV[3] .. id)
+  local size = redis.call('STRLEN', ARGV[3] .. id)
+  redis.call('RPUSH', KEYS[7], size .. ':' .. id)
+  local held = redis.call('HINCRBY', KEYS[3], 'dead_bytes', size)
+  while held > {DEAD_BLOB_BYTES} do
+    local oldest = redis.call('LPOP', KEYS[7])
+    if not oldest then break end
+    local bytes, name = string.match(oldest, '^(%d+):(.*)$')
+    redis.call('DEL', ARGV[3] .. name)
+    held = redis.call('HINCRBY', KEYS[3], 'dead_bytes', -tonumber(bytes))
+  end
+end
+for i = 4, #ARGV, 7 do
   local entry, kind, id, outcome, reason = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 5], ARGV[i + 6]
   if reason ~= '' then
     local found = redis.call('XRANGE', KEYS[2], entry, entry)
@@ -157,6 +175,7 @@ for i = 3, #ARGV, 7 do
       for f = 1, math.min(#found[1][2], 64) do copy[#copy + 1] = found[1][2][f] end
       redis.call('XADD', KEYS[4], 'MAXLEN', '~', {DEAD_MAXLEN}, '*', unpack(copy))
       redis.call('HINCRBY', KEYS[3], 'dead', 1)
+      if ARGV[i + 4] == '1' then keep_payload(id) end
       -- What no producer of ours put was never counted as submitted.
       if not redis.call('ZSCORE', KEYS[5], id) then outcome, kind = '', 'foreign' end
     end
@@ -242,18 +261,48 @@ return stored
 """
 )
 
+_FORGET_PAYLOAD: Final = """
+local function forget_payload(list, stats, prefix, id)
+  local size = redis.call('STRLEN', prefix .. id)
+  if redis.call('LREM', list, 1, size .. ':' .. id) == 1 then redis.call('HINCRBY', stats, 'dead_bytes', -size) end
+  redis.call('DEL', prefix .. id)
+end
+"""
+
+DROP: Final = (
+    _ALLOW_OOM
+    + _FORGET_PAYLOAD
+    + """
+-- KEYS dead stats dead_blobs | ARGV dead_blob_prefix (dead_id old_id)..
+local dropped = 0
+for i = 2, #ARGV, 2 do
+  dropped = dropped + redis.call('XDEL', KEYS[1], ARGV[i])
+  forget_payload(KEYS[3], KEYS[2], ARGV[1], ARGV[i + 1])
+end
+return dropped
+"""
+)
+
 REPLAY: Final = (
     _ALLOW_OOM
+    + _FORGET_PAYLOAD
     + """
--- KEYS traj dedupe stats dead | ARGV now close_id group close_payload (dead_id old_id new_id payload)..
-for i = 5, #ARGV, 4 do
+-- KEYS traj dedupe stats dead dead_blobs
+-- ARGV now close_id group close_payload blob_prefix dead_blob_prefix side_above (dead_id old_id new_id payload)..
+for i = 8, #ARGV, 4 do
   if not redis.call('XRANGE', KEYS[4], ARGV[i], ARGV[i])[1] then return {'GONE', ARGV[i]} end
   if not redis.call('ZSCORE', KEYS[2], ARGV[i + 1]) then return {'FOREIGN', ARGV[i + 1]} end
 end
 local bytes, count = #ARGV[4], 0
-for i = 5, #ARGV, 4 do
+for i = 8, #ARGV, 4 do
   local id, payload = ARGV[i + 2], ARGV[i + 3]
-  redis.call('XADD', KEYS[1], '*', 't', id, 'g', ARGV[3], 'k', 't', 'n', #payload, 'b', payload)
+  if #payload > tonumber(ARGV[7]) then
+    redis.call('SET', ARGV[5] .. id, payload)
+    redis.call('XADD', KEYS[1], '*', 't', id, 'g', ARGV[3], 'k', 't', 'n', #payload, 's', '1')
+  else
+    redis.call('XADD', KEYS[1], '*', 't', id, 'g', ARGV[3], 'k', 't', 'n', #payload, 'b', payload)
+  end
+  forget_payload(KEYS[5], KEYS[3], ARGV[6], ARGV[i + 1])
   redis.call('ZADD', KEYS[2], ARGV[1], id)
   redis.call('XDEL', KEYS[4], ARGV[i])
   bytes, count = bytes + #payload, count + 1

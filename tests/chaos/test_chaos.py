@@ -72,12 +72,12 @@ class Run:
             return
         assert report.clean, f"{report.text()}\n{self.logs()}"
 
-    def finish(self, *, seconds: float) -> None:
+    def finish(self, *, seconds: float, code: int = 0) -> None:
         try:
-            code: int | None = self.process.process.wait(seconds)
+            ended: int | None = self.process.process.wait(seconds)
         except subprocess.TimeoutExpired:
-            code = None
-        assert code == 0, f"exit code {code}\n{self.logs()}"
+            ended = None
+        assert ended == code, f"exit code {ended}\n{self.logs()}"
         self.process.close()
 
 
@@ -144,7 +144,7 @@ def test_no_kill_and_no_halt_loses_repeats_or_sticks_anything(
     last = run.acknowledged()
     run.wait(lambda: run.acknowledged() > last, seconds=STUCK_AFTER_S, name="progress after the last event")
     run.process.process.send_signal(signal.SIGTERM)
-    run.finish(seconds=150)
+    run.finish(seconds=150, code=128 + signal.SIGTERM)
     report = audit_run(run.directory.root)
     assert report.clean, report.text()
 
