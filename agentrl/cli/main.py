@@ -164,6 +164,7 @@ def sandbox(
     ] = "auto",
     max_sessions: Annotated[int | None, typer.Option(help="Open sessions at once; by default what memory allows.")] = None,
     memory_mb: Annotated[int, typer.Option(help="Memory limit of one run.")] = 512,
+    rate_limit: Annotated[float | None, typer.Option(help="Requests per second and client; 0 is none, default 1000.")] = None,
     preload: Annotated[list[str] | None, typer.Option(help="Module imported once, before any run; repeat for more.")] = None,
     token: Annotated[
         str | None, typer.Option(envvar="AGENTRL_SANDBOX_TOKEN", help="Bearer token that clients must send.")
@@ -182,6 +183,7 @@ def sandbox(
         tier=tier,
         max_sessions=max_sessions,
         memory_mb=memory_mb,
+        rate_limit=rate_limit,
         preload=preload or [],
         token=token,
         allow_unsafe=allow_unsafe,

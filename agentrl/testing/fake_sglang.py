@@ -14,6 +14,7 @@ As a process of its own: ``python -m agentrl.testing.fake_sglang --port P --weig
 import argparse
 import asyncio
 import hashlib
+import hmac
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -252,7 +253,7 @@ class FakeSGLang:
             return True
         is_data = request.path in ("/generate", "/model_info", "/server_info", "/v1/loads")
         key = self._api_key if is_data else self._admin_key or self._api_key
-        return key is None or request.headers.get("Authorization") == f"Bearer {key}"
+        return key is None or hmac.compare_digest(request.headers.get("Authorization", "").encode(), f"Bearer {key}".encode())
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body: dict[str, Any] = orjson.loads(await request.read())
