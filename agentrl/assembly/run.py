@@ -26,6 +26,7 @@ from agentrl.assembly.parts import (
     start_stream_server,
 )
 from agentrl.assembly.sandbox import sandbox_arguments
+from agentrl.assembly.stalls import DISK_LOW_BYTES, free_bytes
 from agentrl.assembly.watchdog import Watchdog
 from agentrl.config import Config, dump_config
 from agentrl.errors import AgentRLError, ConfigError
@@ -198,7 +199,11 @@ def _supervise(
     max_restarts: int,
 ) -> bool:
     """Watch until the learner exits cleanly (True), a signal comes (False), or a child cannot be kept alive."""
+    disk = _DiskGuard(directory)
     while not stop.requested:
+        if disk.is_full():
+            time.sleep(0.2)
+            continue
         guard.look()
         for child in children:
             code = child.poll()
@@ -230,6 +235,32 @@ def _restart(child: Child, code: int, directory: RunDir, *, max_restarts: int) -
 def _dies_young(child: Child, code: int) -> bool:
     """Three exits by its own error within a minute: a bug or a bad input, not an accident."""
     return code > 0 and sum(1 for t in child.starts if time.monotonic() - t < 60.0) >= 3
+
+
+class _DiskGuard:
+    """Holds restarts back while the disk is full: what starts would die again, until no restart is left."""
+
+    def __init__(self, directory: RunDir) -> None:
+        self._directory = directory
+        self._since: float | None = None
+
+    def is_full(self) -> bool:
+        free = free_bytes(self._directory.root)
+        if free < DISK_LOW_BYTES:
+            if self._since is None:
+                self._since = time.monotonic()
+                log.error(
+                    "disk_full free_mib=%.1f path=%s: free space; until then nothing is restarted",
+                    free / 2**20,
+                    self._directory.root,
+                )
+            return True
+        if self._since is not None:
+            log.warning("disk_has_room free_mib=%.1f after=%.0f s", free / 2**20, time.monotonic() - self._since)
+            with contextlib.suppress(OSError):
+                self._directory.event("disk_was_full", seconds=round(time.monotonic() - self._since, 1))
+            self._since = None
+        return False
 
 
 class _StreamGuard:

@@ -238,8 +238,8 @@ class TrajectoryConsumer:
     def producers_blocked(self) -> bool:
         """Whether a producer found the stream full in the last seconds. A learner that holds uncommitted groups and
         gets no new ones should then checkpoint and commit early: its unacknowledged entries fill ``max_bytes``."""
-        value = retry(lambda: self._client.hget(self._keys.stats, "full_ms"), "reading stats", patience_s=self._patience_s)
-        return value is not None and time.time() - int(value) / 1000 < _FULL_RECENT_S
+        age = retry(lambda: full_age_s(self._client, self._keys), "reading stats", patience_s=self._patience_s)
+        return age is not None and age < _FULL_RECENT_S
 
     def entry_id(self, trajectory_id: str) -> str:
         """The stream id of a trajectory that was handed out and not committed, for ``fetch`` on another rank."""
@@ -552,6 +552,13 @@ class TrajectoryConsumer:
             f"{what}: this learner holds epoch {self._epoch} but epoch {holder} owns the stream: "
             "a newer learner was started, stop this one"
         )
+
+
+def full_age_s(client: redis.Redis, keys: Keys) -> float | None:
+    """Seconds since a producer last found the stream full, by the server's clock; None for never."""
+    script: Any = client.register_script(scripts.FULL_AGE)
+    age_ms = int(script(keys=[keys.stats], args=[]))
+    return None if age_ms < 0 else age_ms / 1000
 
 
 def fetch(client: redis.Redis, keys: Keys, entry_ids: Sequence[str], *, patience_s: float | None = 60.0) -> list[Trajectory]:

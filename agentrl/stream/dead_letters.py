@@ -6,7 +6,6 @@ the old id. Letters of one group that are replayed together form one group again
 advantage needs siblings. Dropping a letter only deletes the copy.
 """
 
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, cast
@@ -119,7 +118,7 @@ def _replay_group(client: redis.Redis, keys: Keys, members: Sequence[tuple[DeadL
     close = GroupClose(
         group_id=group_id, task_id=trajectory.task_id, ordinal=trajectory.ordinal, size=len(again), members=tuple(t.id for t in again)
     )  # fmt: skip
-    args: list[Any] = [int(time.time() * 1000), close.id, group_id, encode(close)]
+    args: list[Any] = [close.id, group_id, encode(close)]
     args += [keys.blob(""), keys.dead_blob(""), SIDE_KEY_BYTES]
     for (letter, _), new in zip(members, again, strict=True):
         args += [letter.entry, letter.id, new.id, encode(new)]
