@@ -130,6 +130,7 @@ class FakeSGLang:
         self.max_live = 0
         self._api_key, self._admin_key = api_key, admin_key
         self._pause_mode: str | None = None
+        self._update_hangs = False
         self._resumed = asyncio.Event()
         self._departed = asyncio.Event()
         self._live: dict[str, _Live] = {}
@@ -211,6 +212,10 @@ class FakeSGLang:
     def heal_updates(self) -> None:
         """Forget the scripted refusals that are left."""
         self._failed_updates.clear()
+
+    def hang_updates(self, *, hangs: bool = True) -> None:
+        """Take weight updates and answer none of them until told otherwise."""
+        self._update_hangs = hangs
 
     def stall(self, *, stalled: bool = True) -> None:
         """Accept generations and never answer; other calls work."""
@@ -397,6 +402,8 @@ class FakeSGLang:
         is_missing = self.check_path and not os.path.isdir(body["model_path"])  # noqa: ASYNC240  # a stat in a test double
         if is_missing:
             return web.json_response({"success": False, "message": f"{body['model_path']} does not exist"}, status=400)
+        while self._update_hangs:  # noqa: ASYNC110 (released from another thread)
+            await asyncio.sleep(0.02)
         while self._pause_mode is None and self._live:  # SGLang's writer lock waits for what runs
             await self._next_departure()
         await asyncio.sleep(self.update_s)

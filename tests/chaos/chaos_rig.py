@@ -116,7 +116,8 @@ def write_config(folder: Path, *, name: str = "run", tool: str = "add", **sectio
 
 def environment(folder: Path) -> dict[str, str]:
     quiet = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    return {**os.environ, **quiet, "PYTHONPATH": str(ROOT), "CHAOS_SCRIPT": str(folder / "script.json")}
+    path = os.environ.get("CHAOS_PYTHONPATH", str(ROOT))
+    return {**os.environ, **quiet, "PYTHONPATH": path, "CHAOS_SCRIPT": str(folder / "script.json")}
 
 
 class Process:
