@@ -42,8 +42,10 @@ $(SGLANG_VENV)/.installed: tests/rigs/sglang/install.sh
 test-sglang: $(STAMP) $(SGLANG_VENV)/.installed  ## Contract suite and a training run against a real SGLang (CPU)
 	OMP_NUM_THREADS=1 AGENTRL_SGLANG_VENV=$(abspath $(SGLANG_VENV)) $(BIN)/python -m pytest tests/contract tests/integration/test_sglang_training.py
 
-chaos: $(STAMP)  ## Kill processes at random and audit what is left
-	OMP_NUM_THREADS=1 AGENTRL_CHAOS_KILLS=$${AGENTRL_CHAOS_KILLS:-100} $(BIN)/python -m pytest -m chaos
+chaos: $(STAMP)  ## Kill processes at random, break network, disk and clocks, and audit what is left
+	@rm -f .chaos.jsonl
+	OMP_NUM_THREADS=1 AGENTRL_CHAOS_KILLS=$${AGENTRL_CHAOS_KILLS:-100} AGENTRL_CHAOS_REPORT=.chaos.jsonl $(BIN)/python -m pytest -m chaos
+	@$(BIN)/python tests/chaos/chaos_report.py .chaos.jsonl
 
 bench: $(STAMP)  ## Measure; results go to the terminal
 	@for script in bench/*.py; do echo "== $$script"; OMP_NUM_THREADS=1 $(BIN)/python $$script || exit 1; done

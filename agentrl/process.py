@@ -1,8 +1,12 @@
 """How child processes are tied to the process that started them, and where they listen."""
 
 import ctypes
+import os
 import signal
 import socket
+from pathlib import Path
+
+import psutil
 
 _PR_SET_PDEATHSIG = 1
 # Loaded before any fork: a child between fork and exec must not import.
@@ -15,6 +19,19 @@ def die_with_parent() -> None:
     Start children from the main thread only; the signal follows the thread, not the process.
     """
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def start_time(pid: int) -> float:
+    """Seconds from boot to the process's start: with the pid, its name. Unlike a date it stays the same when the clock is set.
+
+    Raises:
+        psutil.Error: there is no such process.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # the name before it may hold anything
+        return int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    except FileNotFoundError:  # gone, or not Linux
+        return psutil.Process(pid).create_time()
 
 
 def free_port(host: str) -> int:

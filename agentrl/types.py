@@ -190,6 +190,27 @@ class GroupClose:
         return f"{self.group_id}/close"
 
 
+AGAIN_MARK = "+again"
+"""Between a group's ordinal and its round, where it was given back to be sampled again."""
+
+
+REQUEUED = "stale:requeued"
+"""Outcome of a member whose group was over-stale and given back to be sampled again; a kind of ``stale``."""
+
+
+def group_id_of(task_id: str, ordinal: int, round_: int = 0) -> str:
+    """The id of a task's group; another one each time the group is given back, so that no id ever names two samplings."""
+    return f"{task_id}/{ordinal}" + (f"{AGAIN_MARK}{round_}" if round_ else "")
+
+
+def round_of(group_id: str) -> int | None:
+    """How often the group was given back before; None for an id that no `group_id_of` made (a replayed dead letter's, say)."""
+    ordinal, mark, again = group_id.rpartition("/")[2].partition(AGAIN_MARK)
+    if not ordinal.isdigit() or (mark and not again.isdigit()):
+        return None
+    return int(again) if mark else 0
+
+
 @dataclass(frozen=True, slots=True)
 class TrajectoryGroup:
     """The siblings of one task, assembled on the learner's side."""

@@ -1,15 +1,17 @@
 """Trajectories per second through producer, Redis and consumer, next to raw XADD and XREADGROUP of the same bytes in the same run.
 
-    python bench/stream.py [--seconds 2] [--tokens 1024,4096,16384,65536] [--soak 20000]
+    python bench/stream.py [--seconds 2] [--tokens 1024,4096,16384,65536] [--soak 20000] [--soak-seconds 480] [--ray]
 
 Each cell: both sides alternate on one embedded server, so that whatever else the machine does hits both. ``put`` is encode plus
 the idempotent script against XADD of the ready bytes; ``take`` is read, decode, assemble and the fenced commit against
-XREADGROUP, XACK and XDEL. The soak sends small trajectories through a bounded stream and watches the server's memory.
+XREADGROUP, XACK and XDEL. ``--ray`` adds a Ray actor queue (`ray.util.queue.Queue`, the usual alternative: in memory, gone with its
+actor) with the same encoded bytes. The soak sends small trajectories through a bounded stream and watches the server's memory.
 """
 
 import argparse
 import asyncio
 import json
+import resource
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -124,6 +126,59 @@ async def measure_raw(url: str, groups: list[list[Trajectory]]) -> Side:
     return side(len(entries), seconds, each, await asyncio.to_thread(take))
 
 
+async def measure_ray(groups: list[list[Trajectory]]) -> Side:
+    """Encode and put into a queue actor; take by eights and decode. Nothing is durable, repeated or counted there."""
+    from ray.util.queue import Queue
+
+    from agentrl.stream.codec import decode
+
+    queue: Any = Queue()
+    members = [t for group in groups for t in group]
+    await queue.put_async(b"warm")
+    await queue.get_async()
+    seconds, each = await timed_puts([lambda t=t: queue.put_async(encode(t)) for t in members])
+
+    def take() -> float:
+        began, left = time.perf_counter(), len(members)
+        while left:
+            left -= len([decode(raw) for raw in queue.get_nowait_batch(min(left, GROUP_SIZE))])
+        return time.perf_counter() - began
+
+    taken = await asyncio.to_thread(take)
+    queue.shutdown()
+    return side(len(members), seconds, each, taken)
+
+
+def compare_with_ray(url: str, tokens: Sequence[int], seconds: float) -> list[dict[str, Any]]:
+    """Ours at ``appendfsync always`` and the actor queue, in turns."""
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    rows: list[dict[str, Any]] = []
+    try:
+        for num_tokens in tokens:
+            ours, theirs, first = list[Side](), list[Side](), 0
+            ends = time.monotonic() + seconds
+            while time.monotonic() < ends or len(ours) < 3:
+                with connect(url) as client:
+                    client.flushall()
+                groups = trajectories(max(4, min(16, 100_000 // num_tokens)), num_tokens, first)
+                first += len(groups)
+                ours.append(asyncio.run(measure_ours(url, groups)))
+                theirs.append(asyncio.run(measure_ray(groups)))
+            a, b = mean(ours), mean(theirs)
+            print(
+                f"ray       {num_tokens:6d}         | "
+                + " | ".join(f"{s.put_per_s:9.0f} {s.put_p50_ms:5.2f} {s.put_p99_ms:6.2f} {s.take_per_s:8.0f}" for s in (a, b))
+                + f" | {100 * a.through_per_s / b.through_per_s:4.0f} %",
+                flush=True,
+            )
+            rows.append({"tokens": num_tokens, "ours": asdict(a), "ray": asdict(b)})
+    finally:
+        ray.shutdown()
+    return rows
+
+
 def side(count: int, put_s: float, each_ms: list[float], take_s: float) -> Side:
     p50, p99 = np.percentile(each_ms, [50, 99])
     return Side(put_per_s=count / put_s, put_p50_ms=float(p50), put_p99_ms=float(p99), take_per_s=count / take_s)
@@ -149,8 +204,12 @@ async def cell(url: str, num_tokens: int, seconds: float) -> tuple[Side, Side, i
     return mean(ours), mean(raw), size
 
 
-async def soak(url: str, count: int) -> list[dict[str, float]]:
-    """Small trajectories through a stream of at most 256 entries, producer and consumer at once; the server's memory on the way."""
+async def soak(url: str, count: int, limit_s: float) -> list[dict[str, float]]:
+    """Small trajectories through a stream of at most 256 entries, producer and consumer at once; the server's memory on the way.
+
+    Ends after ``limit_s`` seconds with what went through by then. ``ids_mib`` is the memory of ids (7 days of them), which grows by
+    design; everything else should not.
+    """
     keys, client, rows = Keys("soak"), connect_async(url), list[dict[str, float]]()
     producer = TrajectoryProducer(client, keys, max_items=256)
     num_groups = count // GROUP_SIZE
@@ -158,6 +217,8 @@ async def soak(url: str, count: int) -> list[dict[str, float]]:
 
     async def produce(first: int) -> None:
         for ordinal in range(first, num_groups, WRITERS):
+            if time.perf_counter() > ends:
+                break
             group = [make_trajectory(ordinal, i, num_tokens=64) for i in range(len(template))]
             for member in group:
                 await producer.put_trajectory(member)
@@ -169,33 +230,53 @@ async def soak(url: str, count: int) -> list[dict[str, float]]:
             consumer = TrajectoryConsumer(sync, keys)
             consumer.acquire()
             for number in range(num_groups):
-                group = consumer.next_group(30.0)
-                assert group is not None
+                group = consumer.next_group(30.0 if time.perf_counter() < ends else 3.0)
+                if group is None:
+                    assert time.perf_counter() > ends
+                    break
                 consumer.commit([group.close.id], outcomes={})
-                if number % max(1, num_groups // 5) == 0 or number == num_groups - 1:
+                if time.perf_counter() > next_row[0] or number == num_groups - 1:
+                    next_row[0] = time.perf_counter() + limit_s / 10
                     stream, ids = untyped.memory_usage(keys.traj), untyped.memory_usage(keys.dedupe)
                     used = untyped.info("memory")["used_memory"]
                     done = (number + 1) * GROUP_SIZE
+                    resident = untyped.info("memory")["used_memory_rss"]
+                    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
                     rows.append(
-                        {"trajectories": done, "stream_kib": stream / 1024, "ids_mib": ids / 2**20, "used_mib": used / 2**20}
+                        {
+                            "trajectories": done,
+                            "rss_mib": resident / 2**20,
+                            "own_rss_mib": own,
+                            "stream_kib": stream / 1024,
+                            "ids_mib": ids / 2**20,
+                            "used_mib": used / 2**20,
+                        }
                     )
-            assert read_ledger(sync, keys).closes
+            book = read_ledger(sync, keys)
+            assert book.closes
+            trained.append(book.trained)
 
+    trained: list[int] = []
     began = time.perf_counter()
+    ends, next_row = began + limit_s, [began]
     async with asyncio.TaskGroup() as group:
         group.create_task(asyncio.to_thread(consume))
         for writer in range(WRITERS):
             group.create_task(produce(writer))
     await client.aclose()
-    rows.append({"trajectories": num_groups * GROUP_SIZE, "per_s": num_groups * GROUP_SIZE / (time.perf_counter() - began)})
+    rows.append(
+        {"trajectories": trained[0], "seconds": time.perf_counter() - began, "per_s": trained[0] / (time.perf_counter() - began)}
+    )
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=2.0, help="per cell")
-    parser.add_argument("--tokens", default="1024,4096,16384,65536")
+    parser.add_argument("--tokens", default="1024,4096,16384,65536", help="none leaves the cells out")
     parser.add_argument("--soak", type=int, default=20_000, help="trajectories; 0 leaves it out")
+    parser.add_argument("--soak-seconds", type=float, default=480.0, help="the soak ends after these")
+    parser.add_argument("--ray", action="store_true", help="also a Ray actor queue (needs ray)")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     results: list[dict[str, Any]] = []
@@ -206,7 +287,7 @@ def main() -> None:
             print(
                 "AOF       tokens     KiB | ours: put/s p50 p99 ms   take/s | raw: put/s p50 p99 ms   take/s | ours/raw put take through"
             )
-            for durability, (aof, fsync) in DURABILITY.items():
+            for durability, (aof, fsync) in DURABILITY.items() if args.tokens != "none" else ():
                 with connect(url) as client:
                     untyped: Any = client
                     untyped.flushall()
@@ -228,10 +309,13 @@ def main() -> None:
                     results.append(
                         {"aof": durability, "tokens": num_tokens, "bytes": size, "ours": asdict(ours), "raw": asdict(raw)}
                     )
+            if args.ray:
+                rows = compare_with_ray(url, [int(n) for n in args.tokens.split(",")], args.seconds)
+                results += [{"ray": row} for row in rows]
             if args.soak:
                 with connect(url) as client:
                     client.flushall()
-                rows = asyncio.run(soak(url, args.soak))
+                rows = asyncio.run(soak(url, args.soak, args.soak_seconds))
                 for row in rows:
                     print("soak  " + "  ".join(f"{name} {value:,.1f}" for name, value in row.items()))
                 results += [{"soak": row} for row in rows]

@@ -22,7 +22,7 @@ from agentrl.stream.ledger import Books, Ledger, read_books, read_ledger
 from agentrl.stream.server import EmbeddedServer
 from agentrl.telemetry.run_dir import RunDir, read_jsonl
 from agentrl.telemetry.trajectory_log import from_record, read_records
-from agentrl.types import Trajectory, content_digest
+from agentrl.types import REQUEUED, Trajectory, content_digest
 
 MAX_SHOWN = 5
 
@@ -233,7 +233,7 @@ def _misaligned(t: Trajectory) -> str:
 
 def _fresh_enough(trained: Iterable[_Trained], sampled: Mapping[str, list[Trajectory]], config: Config) -> Check:
     check = Check(f"staleness at consumption within learn.max_staleness={config.learn.max_staleness} (I4)")
-    if config.learn.on_stale != "drop":
+    if config.learn.on_stale not in ("drop", "requeue"):
         return check
     for entry in trained:
         for t in sampled.get(original_id(entry.id), []):
@@ -259,10 +259,15 @@ def _acknowledged(books: Books, config: Config, trained: list[_Trained], decided
         return [closes, once]
     acked = Check("acknowledged outcomes equal the checkpoint's (I3)")
     lineage = {entry.id: "trained" for entry in trained}
-    lineage |= {name: outcome for name, outcome in decided.items() if outcome in ("filtered", "stale")}
+    lineage |= {name: outcome for name, outcome in decided.items() if outcome in ("filtered", "stale", REQUEUED)}
     left = Counter(outcome for name, outcome in lineage.items() if name in books.known and name not in on_stream)
-    for outcome in ("trained", "filtered", "stale"):
-        seen = int(getattr(book, outcome))
+    acknowledged = {
+        "trained": book.trained,
+        "filtered": book.filtered,
+        "stale": book.stale - book.requeued,
+        REQUEUED: book.requeued,
+    }
+    for outcome, seen in acknowledged.items():
         acked.expect(
             seen == left[outcome],
             f"the stream acknowledged {seen} {outcome}; of the checkpoint's, {left[outcome]} were put and have left it",

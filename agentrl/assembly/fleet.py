@@ -48,12 +48,12 @@ class FleetOwner:
         """Say which label comes, and wait until every living follower knows it."""
         self._coming = record
         await self._post()
-        try:
-            async with asyncio.timeout(FOLLOWERS_LIMIT_S):
-                while behind := await self._board.lagging(self._number):
-                    await asyncio.sleep(LOOK_EVERY_S / 2)
-        except TimeoutError:
-            log.warning("updating without followers=%s: they did not answer within %g s", behind, FOLLOWERS_LIMIT_S)
+        give_up_at = asyncio.get_running_loop().time() + FOLLOWERS_LIMIT_S
+        while behind := await self._board.lagging(self._number):
+            if asyncio.get_running_loop().time() > give_up_at:
+                log.warning("updating without followers=%s: they did not answer within %g s", behind, FOLLOWERS_LIMIT_S)
+                return
+            await asyncio.sleep(LOOK_EVERY_S / 2)
 
     async def _post(self) -> None:
         async with self._one_at_a_time:
@@ -107,6 +107,7 @@ class FleetFollower:
     def __init__(self, name: str, board: FleetBoard, manager: AsyncLLMServerManager, *, keys: Keyring) -> None:
         self._name, self._board, self._manager, self._keys = name, board, manager, keys
         self._incarnations: dict[str, int] = {}
+        self._draining: dict[str, bool] = {}
         self._state = FleetState()
         manager.require_version(NO_POLICY)
 
@@ -148,8 +149,9 @@ class FleetFollower:
                 self._manager.begin_update(url, state.coming)
             if server.is_draining:
                 self._manager.drain(url)
-            else:
+            elif self._draining.get(url):
                 self._manager.undrain(url)
+            self._draining[url] = server.is_draining
         self._manager.require_version(state.required, also=state.also)
 
     async def _verify(self) -> None:

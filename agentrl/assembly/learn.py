@@ -118,6 +118,7 @@ def learn_as_rank(config: Config, directory: RunDir, *, should_stop: Callable[[]
             groups_per_step=config.learn.groups,
             max_staleness=config.learn.max_staleness,
             staleness_policy=config.learn.on_stale,
+            max_requeues=config.learn.max_requeues,
             zero_spread=config.learn.zero_spread,
             min_group_size=1 if config.learn.advantage in GROUPLESS_ADVANTAGES else min(2, config.serve.n),
             needs_baseline=config.learn.advantage in BASELINE_ADVANTAGES,

@@ -26,6 +26,7 @@ from agentrl.assembly.parts import (
     start_stream_server,
 )
 from agentrl.assembly.sandbox import sandbox_arguments
+from agentrl.assembly.stalls import DISK_LOW_BYTES, free_bytes
 from agentrl.assembly.watchdog import Watchdog
 from agentrl.config import Config, dump_config
 from agentrl.errors import AgentRLError, ConfigError
@@ -43,6 +44,17 @@ STREAM_CHECK_S = 1.0
 """How often the embedded stream server is looked at."""
 DRAIN_LIMIT_S = 120.0
 """How long a child may take to drain before it is killed."""
+
+
+class RunInterrupted(AgentRLError):
+    """A signal ended the run before the learner had made its steps; everything is drained and saved."""
+
+    def __init__(self, directory: RunDir, number: int) -> None:
+        super().__init__(
+            f"{signal.Signals(number).name} ended the run before its last step. What was learned is saved in {directory.root}: "
+            "the same command goes on from there"
+        )
+        self.exit_code = 128 + number
 
 
 class RunFailed(AgentRLError):
@@ -108,6 +120,7 @@ def run(config: Config, arguments: Sequence[str], *, tick: Callable[[RunDir], No
 
     Raises:
         RunFailed: a child kept dying; the message holds the end of its log.
+        RunInterrupted: SIGINT or SIGTERM came first; the children were drained.
         ConfigError: the run is already active.
     """
     directory = run_dir_of(config).create()
@@ -128,7 +141,7 @@ def run(config: Config, arguments: Sequence[str], *, tick: Callable[[RunDir], No
             for child in children:
                 child.start()
             watcher.start()
-            _supervise(children, directory, stop, guard, tick, max_restarts=config.run.max_restarts)
+            is_complete = _supervise(children, directory, stop, guard, tick, max_restarts=config.run.max_restarts)
     except AgentRLError as error:
         directory.event("run_failed", error=str(error))
         raise
@@ -141,6 +154,8 @@ def run(config: Config, arguments: Sequence[str], *, tick: Callable[[RunDir], No
         if sys.exc_info()[0] is None:
             directory.event("run_ended")
         directory.deregister("run")
+    if not is_complete:
+        raise RunInterrupted(directory, stop.number)
     return directory
 
 
@@ -182,9 +197,13 @@ def _supervise(
     tick: Callable[[RunDir], None] | None,
     *,
     max_restarts: int,
-) -> None:
-    """Watch until the learner exits cleanly, a signal comes, or a child cannot be kept alive."""
+) -> bool:
+    """Watch until the learner exits cleanly (True), a signal comes (False), or a child cannot be kept alive."""
+    disk = _DiskGuard(directory)
     while not stop.requested:
+        if disk.is_full():
+            time.sleep(0.2)
+            continue
         guard.look()
         for child in children:
             code = child.poll()
@@ -192,11 +211,12 @@ def _supervise(
                 continue
             directory.deregister(child.role)
             if code == 0 and child.role == "learn":
-                return
+                return True
             _restart(child, code, directory, max_restarts=max_restarts)
         if tick is not None:
             tick(directory)
         time.sleep(0.2)
+    return False
 
 
 def _restart(child: Child, code: int, directory: RunDir, *, max_restarts: int) -> None:
@@ -215,6 +235,32 @@ def _restart(child: Child, code: int, directory: RunDir, *, max_restarts: int) -
 def _dies_young(child: Child, code: int) -> bool:
     """Three exits by its own error within a minute: a bug or a bad input, not an accident."""
     return code > 0 and sum(1 for t in child.starts if time.monotonic() - t < 60.0) >= 3
+
+
+class _DiskGuard:
+    """Holds restarts back while the disk is full: what starts would die again, until no restart is left."""
+
+    def __init__(self, directory: RunDir) -> None:
+        self._directory = directory
+        self._since: float | None = None
+
+    def is_full(self) -> bool:
+        free = free_bytes(self._directory.root)
+        if free < DISK_LOW_BYTES:
+            if self._since is None:
+                self._since = time.monotonic()
+                log.error(
+                    "disk_full free_mib=%.1f path=%s: free space; until then nothing is restarted",
+                    free / 2**20,
+                    self._directory.root,
+                )
+            return True
+        if self._since is not None:
+            log.warning("disk_has_room free_mib=%.1f after=%.0f s", free / 2**20, time.monotonic() - self._since)
+            with contextlib.suppress(OSError):
+                self._directory.event("disk_was_full", seconds=round(time.monotonic() - self._since, 1))
+            self._since = None
+        return False
 
 
 class _StreamGuard:
@@ -268,6 +314,7 @@ class _StopOnSignal:
     def __init__(self) -> None:
         self.requested = False
         self.impatient = False
+        self.number = 0
 
     def __enter__(self) -> "_StopOnSignal":
         self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -280,4 +327,5 @@ class _StopOnSignal:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.impatient = self.requested
         self.requested = True
+        self.number = self.number or number
         log.warning("stopping: serve drains, learn writes a checkpoint. Once more ends at once")

@@ -32,6 +32,7 @@ def serve_sandbox(
     processes: int = 1,
     tier: str = "auto",
     max_sessions: int | None = None,
+    rate_limit: float | None = None,
 ) -> None:
     """Serve until stopped; with ``run_dir`` the address is recorded there as role ``sandbox``."""
     from agentrl.sandbox.app import serve
@@ -39,6 +40,7 @@ def serve_sandbox(
 
     if tier not in get_args(TierChoice):
         raise ConfigError(f"sandbox tier={tier!r} must be one of {', '.join(get_args(TierChoice))}")
+    options = {} if rate_limit is None else {"rate_limit": rate_limit or None}
     port = port or free_port(host)
     if run_dir is not None:
         RunDir(run_dir).register("sandbox", url=f"http://{host}:{port}")
@@ -54,6 +56,7 @@ def serve_sandbox(
             preload=tuple(preload),
             token=token,
             allow_unsafe=allow_unsafe,
+            **options,
         )
     finally:
         if run_dir is not None:

@@ -167,6 +167,7 @@ async def _rollouts(config: Config, directory: RunDir) -> AsyncGenerator[tuple[R
                         "rollout_failed", id=rollout_id, kind=error.kind, error=str(error)
                     ),
                     paused=toolbox.blocked,
+                    requeued=producer.requeued,
                 )
                 servers_api = serving_servers_api(manager, token=run_secret(directory, SERVERS_TOKEN))
                 async with running(reconciler=reconciler.run()), servers_api as servers_url:

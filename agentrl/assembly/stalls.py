@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import psutil
@@ -21,6 +22,7 @@ from agentrl.assembly.parts import REDIS_URL_VARIABLE
 from agentrl.config import Config, parse_config
 from agentrl.errors import AgentRLError
 from agentrl.stream.connection import check_server, connect, redact_url
+from agentrl.stream.consumer import full_age_s
 from agentrl.stream.keys import Keys
 from agentrl.stream.server import EmbeddedServer
 from agentrl.telemetry.run_dir import RunDir, is_alive
@@ -28,6 +30,8 @@ from agentrl.telemetry.run_dir import RunDir, is_alive
 Level = Literal["ok", "warn", "fail"]
 State = Literal["finished", "stopped", "starting", "moves", "stalled"]
 
+DISK_LOW_BYTES = 16 << 20
+"""Less than this free, and neither the stream's server nor a checkpoint gets far."""
 STALE_STATUS_S = 10.0
 """A status is written every second; one older than this means that its process no longer runs its loop."""
 START_LIMIT_S = 120.0
@@ -119,6 +123,8 @@ class Snapshot:
     missing_s: Mapping[str, float] = field(default_factory=dict[str, float])
     """Role -> seconds since its process was seen to exit."""
     queue_bytes: int = 1 << 30
+    free_bytes: int = 1 << 40
+    """Left on the file system of the run directory."""
 
     def is_live(self, role: str) -> bool:
         return role in self.processes and self.processes[role].alive
@@ -149,14 +155,21 @@ def take_snapshot(run: RunDir, *, config: Config | None = None) -> Snapshot:
         processes={str(e["role"]): _view(e, now) for e in run.recorded_processes()},
         serve=serve,
         learn=learn,
-        serve_age_s=now - float(serve.get("time", now)),
-        learn_age_s=now - float(learn.get("time", now)),
+        serve_age_s=run.status_age_s("serve"),
+        learn_age_s=run.status_age_s("learn"),
         stream=_look_at_stream(config, run),
         last_run_event=last_run_event,
         complete=complete,
         missing_s=missing,
         queue_bytes=config.queue.max_bytes,
+        free_bytes=free_bytes(run.root),
     )
+
+
+def free_bytes(path: Path) -> int:
+    """What this user may still write where the path lies."""
+    stats = os.statvfs(path)
+    return stats.f_bavail * stats.f_frsize
 
 
 def _latest_events(run: RunDir) -> Iterator[dict[str, Any]]:
@@ -193,13 +206,13 @@ def _look_at_stream(config: Config, run: RunDir) -> StreamView:
     try:
         with connect(url, role="doctor", socket_timeout_s=PING_TIMEOUT_S) as client:
             untyped: Any = client
-            full_ms, full_why, size, dead = untyped.hmget(keys.stats, "full_ms", "full_why", "bytes", "dead")
+            full_why, size, dead = untyped.hmget(keys.stats, "full_why", "bytes", "dead")
             return StreamView(
                 url=shown,
                 persistence=check_server(client).persistence,
                 items=int(untyped.xlen(keys.traj)),
                 bytes=int(size or 0),
-                full_s=None if full_ms is None else time.time() - int(full_ms) / 1000,
+                full_s=full_age_s(client, keys),
                 full_why=full_why.decode() if full_why else "",
                 dead=int(dead or 0),
             )
@@ -222,11 +235,17 @@ def judge(s: Snapshot) -> Verdict:
     for cause in (_stopped, _stream_down, _missing, _silent, _quiet):
         found = cause(s)
         if found is not None:
-            return found
+            return _disk_full(s, found) if s.free_bytes < DISK_LOW_BYTES and found.waits_for != "SIGCONT" else found
     if not s.serve or not s.learn:
         return Verdict("run", "ok", "starting: not every part has reported yet", state="starting")
     step = int(s.learn.get("policy_version", 0))
     return Verdict("run", "ok", f"moves: step {step} of {s.num_steps}; {_pace(s)}", state="moves")
+
+
+def _disk_full(s: Snapshot, effect: Verdict) -> Verdict:
+    """What stands still while nothing can be written stands still because of that."""
+    text = f"{s.free_bytes / 2**20:.1f} MiB are left for the run; {effect.text}"
+    return _stall(s, "disk", "free space", effect.since_s, text, "free space: the run goes on by itself, and nothing is lost")
 
 
 def _at_rest(s: Snapshot) -> Verdict:

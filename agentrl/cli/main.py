@@ -1,4 +1,5 @@
-"""``agentrl``: every command. Exit code 0 only when all is well, 2 for a wrong setting, 1 for anything else."""
+"""``agentrl``: every command. Exit code 0 only when all is well, 2 for a wrong setting, 128 + the signal for a run that a signal
+ended early (130 after Ctrl-C), 1 for anything else."""
 
 import json
 import os
@@ -63,7 +64,7 @@ def _exit_code(command: Callable[[], Any]) -> int:
         return 2
     except AgentRLError as error:
         print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+        return int(getattr(error, "exit_code", 1))
     except Exception:  # noqa: BLE001 - the process's edge
         traceback.print_exc()
         return 1
@@ -94,7 +95,7 @@ def quickstart(
 
 @app.command()
 def run(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Supervise sandbox, stream, serve and learn on this machine until the learner is done. Ctrl-C drains."""
+    """Supervise sandbox, stream, serve and learn on this machine until the learner is done. Ctrl-C drains and exits with 130."""
     from agentrl.assembly.run import run as supervise
     from agentrl.cli.view import RunView
 
@@ -166,6 +167,7 @@ def sandbox(
     ] = "auto",
     max_sessions: Annotated[int | None, typer.Option(help="Open sessions at once; by default what memory allows.")] = None,
     memory_mb: Annotated[int, typer.Option(help="Memory limit of one run.")] = 512,
+    rate_limit: Annotated[float | None, typer.Option(help="Requests per second and client; 0 is none, default 1000.")] = None,
     preload: Annotated[list[str] | None, typer.Option(help="Module imported once, before any run; repeat for more.")] = None,
     token: Annotated[
         str | None, typer.Option(envvar="AGENTRL_SANDBOX_TOKEN", help="Bearer token that clients must send.")
@@ -184,6 +186,7 @@ def sandbox(
         tier=tier,
         max_sessions=max_sessions,
         memory_mb=memory_mb,
+        rate_limit=rate_limit,
         preload=preload or [],
         token=token,
         allow_unsafe=allow_unsafe,

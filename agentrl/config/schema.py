@@ -273,8 +273,11 @@ class LearnConfig(Section):
     """Hard bound: learner version minus the oldest sampled token's version, at consumption."""
     pipeline_depth: NonNegativeInt = 1
     """Batches generated ahead of the one in training. Staleness sits here; ``max_staleness`` is the bound."""
-    on_stale: Literal["wait", "drop", "downweight"] = "drop"
-    """What happens to a group beyond the bound: train it anyway and count it, drop it, or shrink its advantage."""
+    on_stale: Literal["wait", "drop", "downweight", "requeue"] = "drop"
+    """What happens to work beyond the bound: train it anyway and count it, drop it, shrink its advantage, or give the whole group
+    back to be sampled again by newer weights."""
+    max_requeues: PositiveInt = 3
+    """Times one group is given back under ``on_stale=requeue``; after that it is dropped."""
     zero_spread: Literal["keep", "drop", "refill"] = "drop"
     """Groups whose rewards are all equal: keep them, drop them from the batch, or draw others in their place (DAPO)."""
     advantage: str = "grpo"

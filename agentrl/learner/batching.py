@@ -1,7 +1,7 @@
 """Groups in, step batches out: the staleness bound at consumption, filters, and what was dropped and why.
 
 Every group that comes in leaves in exactly one `StepBatch`, with an outcome for each of its trajectories (invariant I7):
-``trained | filtered | stale | failed:<reason>``. Nothing here waits or knows Redis; `loop.py` feeds it.
+``trained | filtered | stale | stale:requeued | failed:<reason>``. Nothing here waits or knows Redis; `loop.py` feeds it.
 """
 
 import logging
@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from agentrl.errors import ConfigError
-from agentrl.types import Trajectory, TrajectoryGroup
+from agentrl.types import REQUEUED, Trajectory, TrajectoryGroup, round_of
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,10 @@ class BatchBuilder:
         staleness_policy: what becomes of a trajectory beyond it. ``drop``: counted as stale, not trained (it still counts in its
             group's statistics). ``downweight``: trained with its advantages times ``downweight ** excess``. ``wait``: admission
             alone bounds staleness, so the trajectory is trained and counted; the bound may then be exceeded, for instance after
-            a resume from an older checkpoint.
+            a resume from an older checkpoint. ``requeue``: its whole group is given back to be sampled again by newer weights,
+            behind the next checkpoint; siblings that were sampled at different times would compare policies, not answers.
+        max_requeues: times a group is given back; after that ``drop`` applies, so that a task slower than the bound cannot
+            circle for ever.
         zero_spread: what becomes of a group whose rewards are all equal. ``keep``: trained with zero advantage. ``drop``: fills a
             place, is not trained. ``refill``: fills no place, so the step gets ``groups_per_step`` useful groups.
         min_group_size: finished members below which a group says nothing about its task; 1 for algorithms without groups.
@@ -84,7 +87,7 @@ class BatchBuilder:
         refill_limit: groups looked at per step before training with fewer; default ``10 * groups_per_step``.
 
     Raises:
-        ConfigError: an unknown mode, or ``requeue``, which this version does not offer.
+        ConfigError: an unknown mode.
     """
 
     def __init__(
@@ -97,12 +100,11 @@ class BatchBuilder:
         min_group_size: int = 2,
         needs_baseline: bool = False,
         downweight: float = 0.5,
+        max_requeues: int = 3,
         refill_limit: int | None = None,
     ) -> None:
-        if staleness_policy == "requeue":
-            raise ConfigError("staleness_policy=requeue is not implemented yet: use drop, downweight or wait.")
-        if staleness_policy not in ("wait", "drop", "downweight"):
-            raise ConfigError(f"staleness_policy={staleness_policy!r} is not known: use wait, drop or downweight.")
+        if staleness_policy not in ("wait", "drop", "downweight", "requeue"):
+            raise ConfigError(f"staleness_policy={staleness_policy!r} is not known: use wait, drop, downweight or requeue.")
         if zero_spread not in ("keep", "drop", "refill"):
             raise ConfigError(f"zero_spread={zero_spread!r} is not known: use keep, drop or refill.")
         if groups_per_step < 1 or max_staleness < 0:
@@ -116,6 +118,7 @@ class BatchBuilder:
         self._min_group_size = min_group_size
         self._needs_baseline = needs_baseline
         self._downweight = downweight
+        self._max_requeues = max_requeues
         self._limit = refill_limit if refill_limit is not None else REFILL_FACTOR * groups_per_step
         self._groups: list[TrajectoryGroup] = []
         self._verdicts: list[_Verdict] = []
@@ -162,6 +165,7 @@ class BatchBuilder:
                 trained_groups += 1
         counts: dict[str, float] = {
             "groups/consumed": len(groups), "groups/trained": trained_groups, "groups/dropped": len(groups) - trained_groups,
+            "groups/requeued": 0,
             **{f"trajectories/{cause}": 0 for cause in ("trained", "filtered", "stale", "failed")},
             **{f"tokens/{cause}": 0 for cause in ("trained", "filtered", "stale", "failed")},
             **tally,
@@ -210,18 +214,31 @@ class BatchBuilder:
             for trajectory in finished:
                 _count(counts, outcomes, trajectory, "filtered")
             return _Verdict(outcomes=outcomes, counts=counts, is_zero_spread=True)
+        if self._is_given_back(group, finished, version):
+            counts["groups/requeued"] += 1
+            for trajectory in finished:
+                counts["trajectories/over_stale"] += _staleness(trajectory, version) > self.max_staleness
+                _count(counts, outcomes, trajectory, REQUEUED)
+            return _Verdict(outcomes=outcomes, counts=counts, is_zero_spread=is_zero_spread)
         rows: list[_Row] = []
         for trajectory in finished:
-            # After a resume from an older checkpoint a token may come from a version ahead of the learner: equally off-policy.
-            staleness = max(abs(version - trajectory.min_version), abs(version - trajectory.max_version))
+            staleness = _staleness(trajectory, version)
             excess = max(0, staleness - self.max_staleness)
-            is_trained = excess == 0 or self._staleness_policy != "drop"
+            is_trained = excess == 0 or self._staleness_policy not in ("drop", "requeue")
             weight = self._downweight**excess if self._staleness_policy == "downweight" else 1.0
             if excess:
                 counts["trajectories/over_stale"] += 1
             _count(counts, outcomes, trajectory, "trained" if is_trained else "stale")
             rows.append(_Row(trajectory, staleness, is_trained, weight, group.close.baseline))
         return _Verdict(outcomes=outcomes, counts=counts, rows=rows, is_zero_spread=is_zero_spread)
+
+    def _is_given_back(self, group: TrajectoryGroup, finished: list[Trajectory], version: int) -> bool:
+        if self._staleness_policy != "requeue":
+            return False
+        round_ = round_of(group.close.group_id)
+        if round_ is None or round_ >= self._max_requeues:
+            return False
+        return any(_staleness(trajectory, version) > self.max_staleness for trajectory in finished)
 
 
 @dataclass(slots=True)
@@ -256,6 +273,11 @@ def _count(counts: Counter[str], outcomes: dict[str, str], trajectory: Trajector
     cause = outcome.partition(":")[0]
     counts[f"trajectories/{cause}"] += 1
     counts[f"tokens/{cause}"] += trajectory.num_sampled
+
+
+def _staleness(trajectory: Trajectory, version: int) -> int:
+    # After a resume from an older checkpoint a token may come from a version ahead of the learner: equally off-policy.
+    return max(abs(version - trajectory.min_version), abs(version - trajectory.max_version))
 
 
 def _fault(trajectory: Trajectory) -> str | None:

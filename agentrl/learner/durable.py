@@ -2,7 +2,28 @@
 
 import os
 import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
+
+from agentrl.errors import CheckpointError
+
+
+@contextmanager
+def writing(what: str, directory: Path) -> Generator[None]:
+    """A disk that refuses is one error, whichever library met it.
+
+    Raises:
+        CheckpointError: naming the directory.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, CheckpointException) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise CheckpointError(f"{what} could not be written under {directory}: {lines[-1]}. Check space and rights.") from error
 
 
 def sync_file(path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 from agentrl.errors import DataError, StalledError
 from agentrl.learner.batching import BatchBuilder, StepBatch
 from agentrl.learner.checkpoint import Checkpoints, Consumed
+from agentrl.learner.durable import writing
 from agentrl.learner.learner import Learner
 from agentrl.learner.prefetch import Prefetcher
 from agentrl.learner.weight_publisher import WeightPublisher
@@ -237,15 +238,16 @@ class _Run:
             record = self._record
             is_published = record is not None and record.version == self._learner.policy_version
             self._command("save", step=self._learner.policy_version, is_published=is_published)
-            self._checkpoints.save(
-                self._learner,
-                step=self._learner.policy_version,
-                state={
-                    "consumed_groups": self._consumed_groups, "totals": dict(self._totals), "run_epoch": self._run_epoch,
-                },
-                consumed=self._unsaved,
-                weights_from=record.path if record is not None and is_published else None,
-            )  # fmt: skip
+            with writing("the checkpoint", self._checkpoints.directory):
+                self._checkpoints.save(
+                    self._learner,
+                    step=self._learner.policy_version,
+                    state={
+                        "consumed_groups": self._consumed_groups, "totals": dict(self._totals), "run_epoch": self._run_epoch,
+                    },
+                    consumed=self._unsaved,
+                    weights_from=record.path if record is not None and is_published else None,
+                )  # fmt: skip
             self._unsaved = []
             self._saved_version = self._learner.policy_version
             self._acknowledge()
@@ -321,7 +323,8 @@ class _Run:
 
     def _publish(self) -> None:
         self._command("publish", run_epoch=self._run_epoch)
-        self._record = self._publisher.publish(self._learner, run_epoch=self._run_epoch)
+        with writing("the weights", self._publisher.directory):
+            self._record = self._publisher.publish(self._learner, run_epoch=self._run_epoch)
         self._announce(self._record, self._consumed_groups)
 
     def _command(self, name: str, **arguments: Any) -> None:

@@ -15,7 +15,7 @@ from typing import Protocol, TypeAlias
 from agentrl.errors import DeadlineExceeded, RolloutError
 from agentrl.protocols import TrajectorySink
 from agentrl.supervise import deadline, waiting
-from agentrl.types import Episode, GroupClose, Task, Trajectory
+from agentrl.types import Episode, GroupClose, Task, Trajectory, group_id_of
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +80,7 @@ async def run_group(
     baseline: RolloutFunction | None = None,
     sink: TrajectorySink,
     permits: asyncio.Semaphore,
+    round_: int = 0,
     already: AbstractSet[str] = frozenset(),
     listener: Listener | None = None,
     on_member_end: Callable[[], None] | None = None,
@@ -94,6 +95,7 @@ async def run_group(
         baseline: plays one greedy rollout beside the members. It is no member and never on the stream: its reward is in the close.
         sink: gets each trajectory as it finishes, then the close.
         permits: one per running rollout, taken before the rollout exists.
+        round_: how often the learner gave this group back before; makes its ids new.
         already: ids that an earlier process put; their members are not rolled out again.
         listener: told of every member's end.
         on_member_end: called once per member and once for the baseline, whatever the end.
@@ -101,7 +103,7 @@ async def run_group(
     Returns:
         The close that was put. ``failed`` holds a kind of error, ``group_deadline`` or ``quorum`` per missing member.
     """
-    group_id = f"{task.id}/{ordinal}"
+    group_id = group_id_of(task.id, ordinal, round_)
     ends = _Ends(put=sorted(already))
     done = {sample for sample in range(plan.size) for a in range(plan.attempts) if member_id(group_id, sample, a) in already}
     ends_at: float | None = None

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ from agentrl.rollout.admission import admit, group_budget
 from agentrl.rollout.circuit import CircuitBreaker
 from agentrl.rollout.group import GroupPlan, RolloutFunction, possible_ids, run_group
 from agentrl.supervise import current_waits, deadline, waiting
-from agentrl.types import Episode, Task, Trajectory
+from agentrl.types import Episode, Task, Trajectory, group_id_of
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +63,8 @@ class GroupSink(TrajectorySink, Protocol):
 class Leases(Protocol):
     """Deals the tasks of a run to its rollout processes, under the budget of the whole run."""
 
-    async def claim(self, want: int, *, consumed_groups: int) -> list[int]:
-        """Up to ``want`` ordinals for this process; none while the run is as far ahead of the learner as it may be."""
+    async def claim(self, want: int, *, consumed_groups: int) -> dict[int, int]:
+        """Up to ``want`` groups for this process, ordinal -> round; none while the run is as far ahead of the learner as it may be."""
         ...
 
     def release(self, ordinal: int) -> None:
@@ -93,6 +93,7 @@ class RolloutWorker:
         on_failure: told of each failed attempt: its id, the error (whose ``partial`` may hold what was rolled out).
         paused: a wait reason while no new group may start, else None; ``Toolbox.blocked`` is one.
         leases: where other processes play groups of the same run too; without it, this one plays all of them.
+        requeued: ordinal -> round of groups that the learner gave back; they start before new ones. Leases deal them by themselves.
         last_ordinal: stop before this ordinal; None never stops.
         poll_s: how often progress is read while blocked.
     """
@@ -117,6 +118,7 @@ class RolloutWorker:
         on_failure: Callable[[str, RolloutError], None] | None = None,
         paused: Callable[[], str | None] | None = None,
         leases: Leases | None = None,
+        requeued: Callable[[], Awaitable[Mapping[int, int]]] | None = None,
         last_ordinal: int | None = None,
         poll_s: float = 0.05,
     ) -> None:
@@ -139,6 +141,7 @@ class RolloutWorker:
         self._on_trajectory = on_trajectory
         self._on_failure = on_failure
         self._paused = paused
+        self._requeued = requeued
         self._last_ordinal = last_ordinal
         self._poll_s = poll_s
         self._permits = asyncio.Semaphore(in_flight)
@@ -216,6 +219,7 @@ class RolloutWorker:
             "failed": dict(self._failed),
             "retried": self._counts["retried"],
             "groups_closed": self._counts["groups_closed"],
+            "groups_again": self._counts["groups_again"],
             "groups_without_members": self._counts["groups_without_members"],
             "groups_without_baseline": self._counts["groups_without_baseline"],
             "tokens_sampled": self._counts["tokens_sampled"],
@@ -281,27 +285,31 @@ class RolloutWorker:
 
     async def _start(self, groups: asyncio.TaskGroup, room: int) -> bool:
         """Whether there was anything to start."""
-        ordinals = await self._deal(room)
-        for ordinal in ordinals:
+        dealt = await self._deal(room)
+        for ordinal, round_ in dealt:
+            self._counts["groups_again"] += round_ > 0
             self._unfinished[ordinal] = self._plan.size + (self._baseline is not None)
-            task = groups.create_task(self._group(ordinal), name=f"group {ordinal}")
+            task = groups.create_task(self._group(ordinal, round_), name=f"group {ordinal}")
             self._groups[ordinal] = task
             task.add_done_callback(lambda _, ordinal=ordinal: self._forget(ordinal))
-        return self._leases is None or bool(ordinals)
+        return self._leases is None or bool(dealt)
 
-    async def _deal(self, room: int) -> list[int]:
-        """The next ordinals that are this process's to play."""
+    async def _deal(self, room: int) -> list[tuple[int, int]]:
+        """The next groups that are this process's to play: ordinal and round."""
         if self._leases is not None:
             assert self._progress is not None
-            dealt = await self._leases.claim(room, consumed_groups=self._progress.consumed_groups)
-            self._next = max([self._next, *(ordinal + 1 for ordinal in dealt)])
-            return [ordinal for ordinal in dealt if ordinal not in self._groups]
-        ordinals = range(self._next, self._next + room)
+            leased = await self._leases.claim(room, consumed_groups=self._progress.consumed_groups)
+            self._next = max([self._next, *(ordinal + 1 for ordinal in leased)])
+            return [(ordinal, round_) for ordinal, round_ in leased.items() if ordinal not in self._groups]
+        given_back = await self._requeued() if self._requeued is not None else {}
+        # Lowest first, and before new ones: what waits longest is what the run's cursor stands at.
+        again = [(ordinal, round_) for ordinal, round_ in sorted(given_back.items()) if ordinal not in self._groups][:room]
+        ordinals = range(self._next, self._next + room - len(again))
         if self._last_ordinal is not None:
             ordinals = range(self._next, min(ordinals.stop, self._last_ordinal))
         closed = await self._sink.is_closed(ordinals)
-        self._next = ordinals.stop
-        return [ordinal for ordinal in ordinals if ordinal not in closed]
+        self._next = max(self._next, ordinals.stop)
+        return again + [(ordinal, 0) for ordinal in ordinals if ordinal not in closed]
 
     def _forget(self, ordinal: int) -> None:
         if self._leases is not None:
@@ -328,9 +336,9 @@ class RolloutWorker:
 
     # Groups
 
-    async def _group(self, ordinal: int) -> None:
+    async def _group(self, ordinal: int, round_: int) -> None:
         task = self._task_at(ordinal)
-        already = await self._sink.present(possible_ids(f"{task.id}/{ordinal}", self._plan))
+        already = await self._sink.present(possible_ids(group_id_of(task.id, ordinal, round_), self._plan))
 
         def member_ended() -> None:
             if ordinal in self._unfinished:
@@ -345,6 +353,7 @@ class RolloutWorker:
             baseline=None if self._baseline is None else partial(self._timed, self._baseline),
             sink=self._sink,
             permits=self._permits,
+            round_=round_,
             already=already,
             listener=self,
             on_member_end=member_ended,

@@ -13,21 +13,31 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from agentrl.errors import ConfigError, SandboxError
+from agentrl.rate_limit import RateLimit
 from agentrl.sandbox.admission import Admission
 from agentrl.sandbox.job import MIB, Limits
 from agentrl.sandbox.pool import UIDS_PER_SERVICE, Pool, TierChoice
 from agentrl.sandbox.processes import Siblings, serve_processes
+from agentrl.sandbox.scoring import RunTestsRequest
 from agentrl.sandbox.service import Service
 from agentrl.sandbox.sessions import Sessions
-from agentrl.sandbox.wire import RunCodeRequest, RunCodeResponse, RunJupyterRequest, RunJupyterResponse
+from agentrl.sandbox.wire import (
+    OpenSessionRequest,
+    RunCodeRequest,
+    RunCodeResponse,
+    RunJupyterRequest,
+    RunJupyterResponse,
+    SessionRunRequest,
+)
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +47,8 @@ _OPEN_PATHS = ("/v1/ping", "/health")
 _RAM_PER_RUN_EXTRA_BYTES = Limits(wall_s=1, memory_bytes=0).tmpfs_bytes + 30 * MIB
 _RAM_PER_SESSION_BYTES = 64 * MIB  # a trajectory's usual few MiB and its share of those that hoard
 _MAX_SESSIONS = 1024
+RATE_LIMIT = 1000.0
+"""Requests per second and client address: above what a process can run, so that only a flood meets it."""
 
 
 def create_app(
@@ -53,6 +65,7 @@ def create_app(
     max_sessions: int | None = None,
     session_idle_ttl_s: float = 300.0,
     session_ttl_s: float = 3600.0,
+    rate_limit: float | None = RATE_LIMIT,
     siblings: Siblings | None = None,
 ) -> FastAPI:
     """The application; its lifespan starts and stops the fork servers.
@@ -70,6 +83,7 @@ def create_app(
         max_sessions: open at once; past that the least recently used idle one is ended. By default what memory allows.
         session_idle_ttl_s: seconds without a cell until a session is ended; a session may ask for less.
         session_ttl_s: seconds until it is ended in any case.
+        rate_limit: requests per second and client address (of each process); more get HTTP 429. None is no limit.
         siblings: the other processes of the same service.
 
     Raises:
@@ -117,14 +131,10 @@ def create_app(
         siblings.service = service
         app.add_middleware(siblings.middleware)
     app.add_middleware(_Guard, pool=pool, token=token)
-
-    def described(model: Any) -> dict[str, Any]:
-        return {"requestBody": {"content": {"application/json": {"schema": model.model_json_schema()}}, "required": True}}
+    if rate_limit is not None:
+        app.add_middleware(RateLimit, per_s=rate_limit)
 
     for path, handler, method in (
-        ("/run_tests", service.run_tests, "POST"),
-        ("/sessions", service.open_session, "POST"),
-        ("/sessions/{session_id}/run", service.run_in_session, "POST"),
         ("/sessions/{session_id}", service.delete_session, "DELETE"),
         ("/v1/ping", service.ping, "GET"),
         ("/health", service.health_page, "GET"),
@@ -135,9 +145,28 @@ def create_app(
     for path, handler, request, response in (
         ("/run_code", service.run_code, RunCodeRequest, RunCodeResponse),
         ("/run_jupyter", service.run_jupyter, RunJupyterRequest, RunJupyterResponse),
+        ("/run_tests", service.run_tests, RunTestsRequest, None),
+        ("/sessions", service.open_session, OpenSessionRequest, None),
+        ("/sessions/{session_id}/run", service.run_in_session, SessionRunRequest, None),
     ):
-        app.add_api_route(path, handler, methods=["POST"], response_model=response, openapi_extra=described(request))
+        app.add_api_route(path, handler, methods=["POST"], response_model=response, openapi_extra=_described(request))
     return app
+
+
+def _described(model: type[BaseModel]) -> dict[str, Any]:
+    """The request body, which a handler reads by itself, for the OpenAPI document."""
+    schema = model.model_json_schema()
+    parts = schema.pop("$defs", {})
+
+    def inlined(node: Any) -> Any:  # none of the models refers to itself
+        if isinstance(node, dict):
+            fields = cast("dict[str, Any]", node)
+            if "$ref" in fields:
+                return inlined(parts[str(fields["$ref"]).rpartition("/")[2]])
+            return {name: inlined(value) for name, value in fields.items()}
+        return [inlined(item) for item in cast("list[Any]", node)] if isinstance(node, list) else node
+
+    return {"requestBody": {"content": {"application/json": {"schema": inlined(schema)}}, "required": True}}
 
 
 class _Guard:

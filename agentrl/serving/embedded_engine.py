@@ -27,7 +27,7 @@ from agentrl.serving.digest import weights_digest
 from agentrl.serving.embedded.checkpoint import CheckpointReader
 from agentrl.serving.embedded.continuous_batching import ContinuousBatch
 from agentrl.serving.embedded.engine import Engine
-from agentrl.serving.embedded.http import create_app
+from agentrl.serving.embedded.http import RATE_LIMIT, create_app
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help=f"bearer token that every route but health and metrics wants; better given as {API_KEY_VARIABLE}, which `ps` does not show",
     )
     parser.add_argument("--seed", default=None, type=int, help="of the sampler")
+    parser.add_argument("--rate-limit", default=RATE_LIMIT, type=float, help="requests per second and client; 0 is none")
     parser.add_argument("--parent-pid", default=None, type=int, help="exit when this process is gone")
     parser.add_argument("--incremental-streaming-output", action="store_true", help="stream deltas, not everything so far")
     parser.add_argument("--log-level", default="warning")
@@ -110,6 +111,7 @@ def build(args: argparse.Namespace) -> tuple[Engine, FastAPI]:
         server_args={key: str(value) if isinstance(value, Path) else value for key, value in public_args.items()},
         api_key=args.api_key,
         incremental_streaming=args.incremental_streaming_output,
+        rate_limit=args.rate_limit or None,
     )
     engine.start()
     return engine, app

@@ -26,7 +26,7 @@ import aiohttp
 import psutil
 
 from agentrl.errors import StalledError
-from agentrl.process import free_port
+from agentrl.process import free_port, start_time
 from agentrl.serving.server_manager import AsyncLLMServerManager
 from agentrl.serving.sglang_client import SGLangClient
 
@@ -314,7 +314,7 @@ class EngineFleet:
                 env=env,
                 start_new_session=True,
             )
-        engine.started = _create_time(engine.process.pid)
+        engine.started = _start_time(engine.process.pid)
         log.info("engine started index=%d pid=%d port=%d", engine.index, engine.process.pid, port)
         self._changed()
 
@@ -403,7 +403,7 @@ def _recorded_process(entry: Mapping[str, Any]) -> psutil.Process | None:
         return None
     try:
         process = psutil.Process(int(pid))
-        return process if abs(process.create_time() - float(started)) < _SAME_PROCESS_S else None
+        return process if abs(start_time(process.pid) - float(started)) < _SAME_PROCESS_S else None
     except psutil.Error:
         return None
 
@@ -415,9 +415,9 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
         return []
 
 
-def _create_time(pid: int) -> float | None:
+def _start_time(pid: int) -> float | None:
     try:
-        return psutil.Process(pid).create_time()
+        return start_time(pid)
     except psutil.Error:
         return None
 

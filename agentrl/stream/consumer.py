@@ -30,7 +30,7 @@ from agentrl.stream.codec import decode
 from agentrl.stream.connection import Pauses, retry
 from agentrl.stream.keys import GROUP, Keys
 from agentrl.stream.policy import policy_fields
-from agentrl.types import GroupClose, PolicyRecord, Trajectory, TrajectoryGroup
+from agentrl.types import AGAIN_MARK, REQUEUED, GroupClose, PolicyRecord, Trajectory, TrajectoryGroup, round_of
 
 log = logging.getLogger(__name__)
 
@@ -238,8 +238,8 @@ class TrajectoryConsumer:
     def producers_blocked(self) -> bool:
         """Whether a producer found the stream full in the last seconds. A learner that holds uncommitted groups and
         gets no new ones should then checkpoint and commit early: its unacknowledged entries fill ``max_bytes``."""
-        value = retry(lambda: self._client.hget(self._keys.stats, "full_ms"), "reading stats", patience_s=self._patience_s)
-        return value is not None and time.time() - int(value) / 1000 < _FULL_RECENT_S
+        age = retry(lambda: full_age_s(self._client, self._keys), "reading stats", patience_s=self._patience_s)
+        return age is not None and age < _FULL_RECENT_S
 
     def entry_id(self, trajectory_id: str) -> str:
         """The stream id of a trajectory that was handed out and not committed, for ``fetch`` on another rank."""
@@ -261,8 +261,8 @@ class TrajectoryConsumer:
         Args:
             ids: close ids (``group.close.id``), which name a whole group, or the ids of all its trajectories (here or in
                 ``outcomes``): its close goes with them. Groups without trajectories can only be named by their close id.
-            outcomes: trajectory id -> ``trained | filtered | stale | superseded | failed:<reason>``; ids that are not
-                in it were trained.
+            outcomes: trajectory id -> ``trained | filtered | stale | stale:requeued | superseded | failed:<reason>``; ids that
+                are not in it were trained. One ``stale:requeued`` gives its whole group back to be sampled again.
 
         Raises:
             Fenced: a newer learner owns the stream; nothing was removed by this call's last script.
@@ -270,8 +270,10 @@ class TrajectoryConsumer:
             StreamError: the server stayed away longer than ``patience_s``.
         """
         for outcome in set(outcomes.values()):
-            if outcome not in (TRAINED, FILTERED, STALE, SUPERSEDED) and not outcome.startswith("failed:"):
-                raise ValueError(f"outcome {outcome!r} is none of trained, filtered, stale, superseded, failed:<reason>")
+            if outcome not in (TRAINED, FILTERED, STALE, REQUEUED, SUPERSEDED) and not outcome.startswith("failed:"):
+                raise ValueError(
+                    f"outcome {outcome!r} is none of trained, filtered, stale, {REQUEUED}, superseded, failed:<reason>"
+                )
         named = set(ids) | set(outcomes)
         with self._lock:
             closes = {self._group_of[i] for i in named if i in self._group_of}
@@ -468,6 +470,7 @@ class TrajectoryConsumer:
         rows += [_Row(entry, SUPERSEDED) for entry in extras]
         rows.append(_Row(closing.entry, reason=closing.reason))
         if whole:
+            rows[-1].outcome = _again(close, {row.entry.id: row.outcome for row in rows})
             self.counters.skipped_groups += 1
             self._settled += rows
             return
@@ -502,6 +505,8 @@ class TrajectoryConsumer:
         for row in assembled.rows:
             if row.entry.id in members:
                 row.outcome = outcomes.get(row.entry.id, TRAINED)
+            elif row.entry.kind == "c":
+                row.outcome = _again(assembled.group.close, outcomes)
         return assembled.rows
 
     def _forget(self, close_id: str) -> None:
@@ -512,10 +517,10 @@ class TrajectoryConsumer:
 
     def _remove(self, rows: Sequence[_Row], run: Callable[[Any, list[str], list[Any], str], str]) -> None:
         keys = self._keys
-        names = [keys.fence, keys.traj, keys.stats, keys.dead, keys.dedupe]
+        names = [keys.fence, keys.traj, keys.stats, keys.dead, keys.dedupe, keys.requeued, keys.dead_blobs]
         for start in range(0, len(rows), _COMMIT_ROWS):
             chunk = rows[start : start + _COMMIT_ROWS]
-            args: list[Any] = [self._epoch, keys.blob("")]
+            args: list[Any] = [self._epoch, keys.blob(""), keys.dead_blob("")]
             for row in chunk:
                 e = row.entry
                 args += [e.entry_id, e.kind, e.id, e.num_bytes, int(e.side), row.outcome, row.reason]
@@ -547,6 +552,13 @@ class TrajectoryConsumer:
             f"{what}: this learner holds epoch {self._epoch} but epoch {holder} owns the stream: "
             "a newer learner was started, stop this one"
         )
+
+
+def full_age_s(client: redis.Redis, keys: Keys) -> float | None:
+    """Seconds since a producer last found the stream full, by the server's clock; None for never."""
+    script: Any = client.register_script(scripts.FULL_AGE)
+    age_ms = int(script(keys=[keys.stats], args=[]))
+    return None if age_ms < 0 else age_ms / 1000
 
 
 def fetch(client: redis.Redis, keys: Keys, entry_ids: Sequence[str], *, patience_s: float | None = 60.0) -> list[Trajectory]:
@@ -614,11 +626,23 @@ def _decode_entry(entry: _Entry, payload: bytes | None) -> Trajectory | GroupClo
     return value
 
 
+def _again(close: GroupClose, outcomes: Mapping[str, str]) -> str:
+    """What the commit script does with a close: ``again:<ordinal>:<round>`` gives the group back, nothing does nothing.
+
+    Asks the ids in ``failed`` as well: members that an interrupted commit already removed are listed there.
+    """
+    round_ = round_of(close.group_id)
+    if round_ is None or not any(outcomes.get(i) == REQUEUED for i in (*close.members, *close.failed)):
+        return ""
+    return f"again:{close.ordinal}:{round_ + 1}"
+
+
 def _close_from_members(entry: _Entry, building: _Building) -> GroupClose:
     """What can be said of a group whose close cannot be read: the members that came before it."""
     members = tuple(building.members)
     first = next((t for _, t in building.members.values()), None)
-    task_id, _, ordinal = entry.group_id.rpartition("/")
+    task_id, _, place = entry.group_id.rpartition("/")
+    ordinal = place.partition(AGAIN_MARK)[0]
     return GroupClose(
         group_id=entry.group_id,
         task_id=first.task_id if first else task_id,

@@ -6,7 +6,6 @@ the old id. Letters of one group that are replayed together form one group again
 advantage needs siblings. Dropping a letter only deletes the copy.
 """
 
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, cast
@@ -18,6 +17,7 @@ from agentrl.stream import scripts
 from agentrl.stream.codec import decode, encode
 from agentrl.stream.connection import retry
 from agentrl.stream.keys import Keys
+from agentrl.stream.producer import SIDE_KEY_BYTES
 from agentrl.types import GroupClose, Trajectory
 
 REPLAY_MARK: Final = "+replay"
@@ -75,7 +75,7 @@ def replay_dead_letters(client: redis.Redis, keys: Keys, names: Iterable[str]) -
             raise ConfigError(
                 f"{letter.entry} ({letter.id}) cannot be replayed: {letter.obstacle}. Drop it with --drop {letter.entry}"
             )
-        groups.setdefault(letter.group_id, []).append((letter, cast("Trajectory", decode(payload))))
+        groups.setdefault(letter.group_id, []).append((letter, _trajectory(client, keys, letter, payload)))
     return [new for members in groups.values() for new in _replay_group(client, keys, members)]
 
 
@@ -85,11 +85,29 @@ def drop_dead_letters(client: redis.Redis, keys: Keys, names: Iterable[str]) -> 
     Raises:
         ConfigError: no letter of that name; nothing was deleted then.
     """
-    entries = [letter.entry for letter, _ in _chosen(client, keys, names)]
-    untyped: Any = client
-    return (
-        int(retry(lambda: untyped.xdel(keys.dead, *entries), "dropping dead letters", patience_s=_PATIENCE_S)) if entries else 0
+    pairs = [part for letter, _ in _chosen(client, keys, names) for part in (letter.entry, letter.id)]
+    script: Any = client.register_script(scripts.DROP)
+    chosen = [keys.dead, keys.stats, keys.dead_blobs]
+    return int(
+        retry(lambda: script(keys=chosen, args=[keys.dead_blob(""), *pairs]), "dropping dead letters", patience_s=_PATIENCE_S)
     )
+
+
+def _trajectory(client: redis.Redis, keys: Keys, letter: DeadLetter, payload: bytes) -> Trajectory:
+    """What the letter holds; a large one is read only now."""
+    try:
+        value = decode(payload or client.get(keys.dead_blob(letter.id)) or b"")
+    except CodecError as error:
+        raise ConfigError(
+            f"{letter.entry} ({letter.id}) cannot be replayed: its bytes are still unreadable: {error}. "
+            f"Drop it with --drop {letter.entry}"
+        ) from error
+    if not isinstance(value, Trajectory) or value.id != letter.id:
+        raise ConfigError(
+            f"{letter.entry} cannot be replayed: it carries {value.id!r} under the label {letter.id!r}. "
+            f"Drop it with --drop {letter.entry}"
+        )
+    return value
 
 
 def _replay_group(client: redis.Redis, keys: Keys, members: Sequence[tuple[DeadLetter, Trajectory]]) -> list[str]:
@@ -100,11 +118,12 @@ def _replay_group(client: redis.Redis, keys: Keys, members: Sequence[tuple[DeadL
     close = GroupClose(
         group_id=group_id, task_id=trajectory.task_id, ordinal=trajectory.ordinal, size=len(again), members=tuple(t.id for t in again)
     )  # fmt: skip
-    args: list[Any] = [int(time.time() * 1000), close.id, group_id, encode(close)]
+    args: list[Any] = [close.id, group_id, encode(close)]
+    args += [keys.blob(""), keys.dead_blob(""), SIDE_KEY_BYTES]
     for (letter, _), new in zip(members, again, strict=True):
         args += [letter.entry, letter.id, new.id, encode(new)]
     script = client.register_script(scripts.REPLAY)
-    names = [keys.traj, keys.dedupe, keys.stats, keys.dead]
+    names = [keys.traj, keys.dedupe, keys.stats, keys.dead, keys.dead_blobs]
     # Not repeated after a lost reply: a second run would answer GONE for what the first one did.
     status, value = (part.decode() for part in cast("list[bytes]", script(keys=names, args=args)))
     if status != "OK":
@@ -133,13 +152,18 @@ def _read(client: redis.Redis, keys: Keys) -> list[tuple[DeadLetter, bytes]]:
         page: list[tuple[bytes, dict[bytes, bytes]]] = retry(
             lambda after=after: untyped.xrange(keys.dead, after, "+", _PAGE), "reading dead letters", patience_s=_PATIENCE_S
         )
-        found += [(_letter(entry.decode(), fields), fields.get(b"b", b"")) for entry, fields in page]
+        for entry, fields in page:
+            side_bytes = 0
+            if b"s" in fields:
+                side = keys.dead_blob(fields.get(b"t", b"").decode(errors="replace"))
+                side_bytes = int(retry(lambda side=side: untyped.strlen(side), "reading dead letters", patience_s=_PATIENCE_S))
+            found.append((_letter(entry.decode(), fields, side_bytes), fields.get(b"b", b"")))
         if len(page) < _PAGE:
             return found
         after = "(" + page[-1][0].decode()
 
 
-def _letter(entry: str, fields: dict[bytes, bytes]) -> DeadLetter:
+def _letter(entry: str, fields: dict[bytes, bytes], side_bytes: int) -> DeadLetter:
     def text(name: bytes) -> str:
         return fields.get(name, b"").decode(errors="replace")
 
@@ -151,16 +175,18 @@ def _letter(entry: str, fields: dict[bytes, bytes]) -> DeadLetter:
         kind=text(b"k"),
         reason=text(b"reason"),
         run_epoch=int(epoch) if epoch.isdigit() else 0,
-        num_bytes=len(fields.get(b"b", b"")),
-        obstacle=_obstacle(text(b"k"), text(b"t"), fields),
+        num_bytes=len(fields.get(b"b", b"")) or side_bytes,
+        obstacle=_obstacle(text(b"k"), text(b"t"), fields, side_bytes),
     )
 
 
-def _obstacle(kind: str, trajectory_id: str, fields: dict[bytes, bytes]) -> str:
+def _obstacle(kind: str, trajectory_id: str, fields: dict[bytes, bytes], side_bytes: int) -> str:
     if kind != "t":
         return "its group was closed with the members that came" if kind == "c" else "agentrl did not write it"
+    if b"s" in fields:  # read when it is replayed: a list of letters must not load them all
+        return "" if side_bytes else "its payload was missing, or made room for newer dead letters"
     if b"b" not in fields:
-        return "its payload was too large for the entry and left with it"
+        return "it carries no payload"
     try:
         value = decode(fields[b"b"])
     except CodecError as error:

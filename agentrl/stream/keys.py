@@ -12,7 +12,10 @@ script may touch all of them.
 | ``closed`` | bitmap | bit ``ordinal`` is 1 once that group closed | producer's close | never (1 bit per group) |
 | ``stats`` | hash | counters: bytes, submitted, closed, outcomes … | every script | never |
 | ``fence`` | int | run epoch; only its holder may commit | learner's acquire | never |
+| ``requeued`` | zset | ordinal -> round of groups given back, until they close again | learner's commit | producer's close |
 | ``dead`` | stream | entries that cannot be trained, with the reason | learner | oldest first, at 1000 |
+| ``deadblob:<id>`` | string | payload of a dead letter over 1 MiB | learner's commit | replay, drop; oldest first, at 256 MiB in all |
+| ``dead_blobs`` | list | ``bytes:id`` of those payloads, oldest first | learner's commit | with the payload |
 | ``policy`` | hash | the policy record | learner | never (overwritten) |
 | ``progress`` | hash | version and groups decided, for admission | learner | never (overwritten) |
 | ``leases`` | zset | ordinal -> ms until which its process plays it | rollout processes, when there are several | the same, once the group closed |
@@ -35,6 +38,7 @@ KEY_NAMES: Final = (
     "stats",
     "fence",
     "dead",
+    "dead_blobs",
     "policy",
     "progress",
     "closed",
@@ -42,6 +46,7 @@ KEY_NAMES: Final = (
     "leases",
     "lease_owners",
     "fleet",
+    "requeued",
     "fingerprint",
 )
 
@@ -84,6 +89,10 @@ class Keys:
         return self.prefix + "dead"
 
     @property
+    def dead_blobs(self) -> str:
+        return self.prefix + "dead_blobs"
+
+    @property
     def policy(self) -> str:
         return self.prefix + "policy"
 
@@ -112,9 +121,18 @@ class Keys:
         return self.prefix + "fleet"
 
     @property
+    def requeued(self) -> str:
+        """Sorted set: ordinal -> round, of groups that the learner gave back and that have not closed again."""
+        return self.prefix + "requeued"
+
+    @property
     def fingerprint(self) -> str:
         return self.prefix + "fingerprint"
 
     def blob(self, entry_id: str) -> str:
         """Side key of one large entry, by trajectory id."""
         return f"{self.prefix}blob:{entry_id}"
+
+    def dead_blob(self, entry_id: str) -> str:
+        """Side key of one large dead letter, by trajectory id."""
+        return f"{self.prefix}deadblob:{entry_id}"

@@ -39,7 +39,7 @@ class TaskLeases:
         if not owner or budget < 1 or ttl_s <= 0:
             raise ValueError(f"owner={owner!r}, budget={budget}, ttl_s={ttl_s}: a name, and numbers above 0 are needed")
         untyped: Any = client
-        self._keys = [keys.leases, keys.lease_owners, keys.closed, keys.stats]
+        self._keys = [keys.leases, keys.lease_owners, keys.closed, keys.requeued, keys.stats]
         self._owner, self._budget, self._ttl_s = owner, budget, ttl_s
         self._lease = untyped.register_script(scripts.LEASE)
         self._renew = untyped.register_script(scripts.RENEW)
@@ -54,8 +54,8 @@ class TaskLeases:
         """Ordinals this process plays."""
         return frozenset(self._held)
 
-    async def claim(self, want: int, *, consumed_groups: int) -> list[int]:
-        """Up to ``want`` ordinals to play now, lowest first; none while the run is as far ahead as it may be.
+    async def claim(self, want: int, *, consumed_groups: int) -> dict[int, int]:
+        """Up to ``want`` groups to play now, ordinal -> round (how often the learner gave it back), lowest first; none while the run is as far ahead as it may be.
 
         Args:
             want: groups this process has room for.
@@ -69,9 +69,10 @@ class TaskLeases:
             # A lost reply leaves leases that nobody renews: they expire and are dealt again.
             answer = await retry_async(lambda: self._lease(keys=self._keys, args=args), "leasing tasks", patience_s=None)
             self._is_first = False
-        ordinals = [int(ordinal) for ordinal in cast("list[bytes]", answer)]
-        self._held.update(ordinals)
-        return ordinals
+        flat = [int(value) for value in cast("list[bytes]", answer)]
+        leased = dict(sorted(zip(flat[::2], flat[1::2], strict=True)))
+        self._held.update(leased)
+        return leased
 
     def release(self, ordinal: int) -> None:
         """This process plays the group no longer. A closed group's lease is over; an open one's expires."""

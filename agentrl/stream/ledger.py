@@ -19,6 +19,7 @@ import redis
 from agentrl.stream import scripts
 from agentrl.stream.connection import retry
 from agentrl.stream.keys import Keys
+from agentrl.types import REQUEUED
 
 _OUTCOME = "outcome:"
 _FAILED = "outcome:failed:"
@@ -32,6 +33,9 @@ class Ledger:
     trained: int
     filtered: int
     stale: int
+    """Beyond the bound, dropped or given back."""
+    requeued: int
+    """Of ``stale``: members of groups that were given back to be sampled again."""
     failed: Mapping[str, int]
     """Reason -> rollouts. ``dead_letter`` are those whose entry could not be read or trained."""
     superseded: int
@@ -69,6 +73,7 @@ class Ledger:
             ("trained", self.trained),
             ("filtered", self.filtered),
             ("stale", self.stale),
+            *([("  of which given back", self.requeued)] if self.requeued else []),
             *((f"failed ({reason})", count) for reason, count in sorted(self.failed.items())),
             ("superseded", self.superseded),
             ("waiting", self.waiting),
@@ -138,7 +143,8 @@ def _ledger(answers: list[Any]) -> Ledger:
         submitted=count("submitted"),
         trained=count(_OUTCOME + "trained"),
         filtered=count(_OUTCOME + "filtered"),
-        stale=count(_OUTCOME + "stale"),
+        stale=count(_OUTCOME + "stale") + count(_OUTCOME + REQUEUED),
+        requeued=count(_OUTCOME + REQUEUED),
         failed={name.removeprefix(_FAILED): value for name, value in sorted(stats.items()) if name.startswith(_FAILED)},
         superseded=count(_OUTCOME + "superseded"),
         waiting=int(answers[1]) - closes_on_stream,

@@ -59,7 +59,7 @@ class TrajectoryProducer:
         keys: of the run.
         max_items: undelivered entries at which a put waits.
         max_bytes: encoded bytes on the server at which the first member of a group waits.
-        dedupe_ttl_s: how long an id is remembered. It must exceed the longest pause of a run.
+        dedupe_ttl_s: how long an id is remembered, in the stream's own time: a pause between two puts counts as an hour at most.
         on_wait: called before every pause with ``stream:full`` or ``stream:down`` and the seconds waited so far.
         patience_s: seconds of unreachable server after which a call raises; None waits for ever (the caller's deadline
             still applies). Waiting because the stream is full is never limited here.
@@ -125,7 +125,7 @@ class TrajectoryProducer:
         """
         payload = encode(close)
         reasons = [part for reason, count in Counter(close.failed.values()).items() for part in (reason, count)]
-        args = [close.id, close.group_id, close.ordinal, _now_ms(), close.size, payload, len(close.members)]
+        args = [close.id, close.group_id, close.ordinal, close.size, payload, len(close.members)]
         args += [*close.members, *reasons]
         answer = await self._call(lambda: self._close(keys=self._stream_keys(), args=args), f"closing {close.group_id}")
         status, *missing = [part.decode() for part in cast("list[bytes]", answer)]
@@ -172,11 +172,19 @@ class TrajectoryProducer:
             closed.update(ordinal for ordinal, bit in zip(chunk, bits, strict=True) if bit)
         return closed
 
+    async def requeued(self) -> dict[int, int]:
+        """Ordinal -> round of the groups that the learner gave back and that have not closed again, lowest ordinal first."""
+        pairs = cast(
+            "list[tuple[bytes, float]]",
+            await self._call(lambda: self._client.zrange(self._keys.requeued, 0, -1, withscores=True), "reading requeued groups"),
+        )
+        return dict(sorted((int(ordinal), int(round_)) for ordinal, round_ in pairs))
+
     # -- one round trip each ------------------------------------------------------------------------------------------
 
     def _stream_keys(self) -> list[str]:
         keys = self._keys
-        return [keys.traj, keys.dedupe, keys.stats, keys.closed, keys.open]
+        return [keys.traj, keys.dedupe, keys.stats, keys.closed, keys.open, keys.requeued]
 
     async def _put_when_room(self, t: Trajectory, payload: bytes) -> str:
         """Poll with the cheap check until there is room; only then send the payload."""
@@ -197,15 +205,14 @@ class TrajectoryProducer:
             self._waiting -= 1
 
     async def _ask_room(self, t: Trajectory, size: int) -> str:
-        args = [t.id, t.group_id, t.ordinal, _now_ms(), self._max_items, self._max_bytes, size]
+        args = [t.id, t.group_id, t.ordinal, self._max_items, self._max_bytes, size]
         answer = await self._call(lambda: self._room(keys=self._stream_keys(), args=args), f"asking room for {t.id}")
         return cast("bytes", answer).decode()
 
     async def _try_put(self, t: Trajectory, payload: bytes) -> str:
-        now = _now_ms()
-        forget_before = now - int(self._dedupe_ttl_s * 1000)
+        remember_ms = int(self._dedupe_ttl_s * 1000)
         side = int(len(payload) > SIDE_KEY_BYTES)
-        args = [t.id, t.group_id, t.ordinal, now, self._max_items, self._max_bytes, forget_before, side, payload]
+        args = [t.id, t.group_id, t.ordinal, self._max_items, self._max_bytes, remember_ms, side, payload]
         keys = [*self._stream_keys(), self._keys.blob(t.id)]
         try:
             answer = await self._call(lambda: self._put(keys=keys, args=args), f"putting {t.id}")
@@ -222,7 +229,3 @@ class TrajectoryProducer:
                 return await call()
 
         return await retry_async(once, what, patience_s=self._patience_s, on_wait=self._on_wait)
-
-
-def _now_ms() -> int:
-    return int(time.time() * 1000)

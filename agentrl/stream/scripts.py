@@ -9,41 +9,83 @@ from typing import Final
 DEAD_MAXLEN: Final = 1000
 """Dead letters kept. Only this stream is ever trimmed by length: on the trajectory stream that loses entries."""
 
+DEAD_BLOB_BYTES: Final = 256 << 20
+"""Payloads of large dead letters kept in all; the oldest go first, and their letters can then only be dropped."""
+
 _ALLOW_OOM: Final = "#!lua flags=allow-oom\n"
 
-_ADMIT: Final = """
-local function state_of(dedupe, closed, id, ordinal)
+MAX_STEP_MS: Final = 3_600_000
+"""Most by which the clock of the remembered ids advances between two puts."""
+
+_CLOCK: Final = f"""
+-- The server's clock, never a client's: machines need not agree on the time. 'clock' dates ids; it never goes back and advances by
+-- an hour per put at most, so neither a clock that is set nor a run that sleeps for weeks makes the server forget what was put.
+local function wall_ms()
+  local time = redis.call('TIME')
+  return tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+end
+local function advanced(wall, before, clock)
+  return tonumber(clock or wall) + math.min(math.max(wall - tonumber(before or wall), 0), {MAX_STEP_MS})
+end
+-- Lua would write such numbers as 1.7e+12.
+local function written(ms)
+  return string.format('%.0f', ms)
+end
+local function clock_ms(stats)
+  local wall, at = wall_ms(), redis.call('HMGET', stats, 'wall_ms', 'clock_ms')
+  local clock = advanced(wall, at[1], at[2])
+  redis.call('HSET', stats, 'wall_ms', written(wall), 'clock_ms', written(clock))
+  return clock
+end
+"""
+
+_AGAIN: Final = """
+-- A closed ordinal that the learner gave back is open again for exactly one round of it.
+local function is_again(requeued, ordinal, group_id)
+  local round = redis.call('ZSCORE', requeued, ordinal)
+  return round and tonumber(round) == tonumber(string.match(group_id, '%+again(%d+)$'))
+end
+"""
+
+_ADMIT: Final = (
+    _AGAIN
+    + _CLOCK
+    + """
+local function state_of(dedupe, closed, requeued, id, group_id, ordinal)
   if redis.call('ZSCORE', dedupe, id) then return 'DUP' end
-  if redis.call('GETBIT', closed, ordinal) == 1 then return 'LATE' end
+  if redis.call('GETBIT', closed, ordinal) == 1 and not is_again(requeued, ordinal, group_id) then return 'LATE' end
   return nil
 end
 -- 'items' bounds what no learner has taken yet; 'bytes' bounds all that lives, unless the group has already begun.
-local function full(traj, stats, open, group_id, bytes, max_items, max_bytes, now)
-  local delivered = 0
-  local pending = redis.pcall('XPENDING', traj, 'learner')
-  if not pending['err'] then delivered = tonumber(pending[1]) end
+local function full(traj, stats, open, group_id, bytes, max_items, max_bytes, live)
   local why = nil
-  if redis.call('XLEN', traj) - delivered >= max_items then
-    why = 'items'
-  else
-    local live = tonumber(redis.call('HGET', stats, 'bytes') or '0')
-    if live > 0 and live + bytes > max_bytes and redis.call('HEXISTS', open, group_id) == 0 then why = 'bytes' end
+  local items = redis.call('XLEN', traj)
+  if items >= max_items then
+    local pending = redis.pcall('XPENDING', traj, 'learner')
+    if not pending['err'] then items = items - tonumber(pending[1]) end
   end
-  if why and now - tonumber(redis.call('HGET', stats, 'full_ms') or '0') > 1000 then
-    redis.call('HSET', stats, 'full_ms', now, 'full_why', why)
+  if items >= max_items then
+    why = 'items'
+  elseif live > 0 and live + bytes > max_bytes and redis.call('HEXISTS', open, group_id) == 0 then
+    why = 'bytes'
+  end
+  if why and math.abs(wall_ms() - tonumber(redis.call('HGET', stats, 'full_ms') or '0')) > 1000 then
+    redis.call('HSET', stats, 'full_ms', written(wall_ms()), 'full_why', why)
   end
   return why
 end
 """
+)
 
 ROOM: Final = (
     _ALLOW_OOM
     + _ADMIT
     + """
--- KEYS traj dedupe stats closed open | ARGV id group ordinal now max_items max_bytes bytes
-local known = state_of(KEYS[2], KEYS[4], ARGV[1], ARGV[3])
+-- KEYS traj dedupe stats closed open requeued | ARGV id group ordinal max_items max_bytes bytes
+local known = state_of(KEYS[2], KEYS[4], KEYS[6], ARGV[1], ARGV[2], ARGV[3])
 if known then return known end
-if full(KEYS[1], KEYS[3], KEYS[5], ARGV[2], tonumber(ARGV[7]), tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[4]))
+local live = tonumber(redis.call('HGET', KEYS[3], 'bytes') or '0')
+if full(KEYS[1], KEYS[3], KEYS[5], ARGV[2], tonumber(ARGV[6]), tonumber(ARGV[4]), tonumber(ARGV[5]), live)
 then return 'FULL' end
 return 'ROOM'
 """
@@ -52,58 +94,64 @@ return 'ROOM'
 PUT: Final = (
     _ADMIT
     + """
--- KEYS traj dedupe stats closed open blob | ARGV id group ordinal now max_items max_bytes forget_before side payload
-local id, group_id, now, payload = ARGV[1], ARGV[2], tonumber(ARGV[4]), ARGV[9]
-local known = state_of(KEYS[2], KEYS[4], id, ARGV[3])
+-- KEYS traj dedupe stats closed open requeued blob | ARGV id group ordinal max_items max_bytes remember_ms side payload
+local id, group_id, payload = ARGV[1], ARGV[2], ARGV[8]
+local known = state_of(KEYS[2], KEYS[4], KEYS[6], id, group_id, ARGV[3])
 if known == 'DUP' then return 'DUP' end
 if known == 'LATE' then
-  redis.call('ZADD', KEYS[2], now, id)
+  redis.call('ZADD', KEYS[2], clock_ms(KEYS[3]), id)
   redis.call('HINCRBY', KEYS[3], 'submitted', 1)
   redis.call('HINCRBY', KEYS[3], 'outcome:superseded', 1)
   return 'LATE'
 end
-if full(KEYS[1], KEYS[3], KEYS[5], group_id, #payload, tonumber(ARGV[5]), tonumber(ARGV[6]), now) then return 'FULL' end
-if ARGV[8] == '1' then
-  redis.call('SET', KEYS[6], payload)
+-- One read and one write of the counters: each call of a script costs the server as much as a command.
+local at = redis.call('HMGET', KEYS[3], 'bytes', 'submitted', 'wall_ms', 'clock_ms')
+local live, submitted, wall = tonumber(at[1] or '0'), tonumber(at[2] or '0'), wall_ms()
+if full(KEYS[1], KEYS[3], KEYS[5], group_id, #payload, tonumber(ARGV[4]), tonumber(ARGV[5]), live) then return 'FULL' end
+local now = advanced(wall, at[3], at[4])
+if ARGV[7] == '1' then
+  redis.call('SET', KEYS[7], payload)
   redis.call('XADD', KEYS[1], '*', 't', id, 'g', group_id, 'k', 't', 'n', #payload, 's', '1')
 else
   redis.call('XADD', KEYS[1], '*', 't', id, 'g', group_id, 'k', 't', 'n', #payload, 'b', payload)
 end
 redis.call('ZADD', KEYS[2], now, id)
 redis.call('HINCRBY', KEYS[5], group_id, 1)
-redis.call('HINCRBY', KEYS[3], 'bytes', #payload)
-redis.call('HINCRBY', KEYS[3], 'submitted', 1)
+redis.call('HSET', KEYS[3], 'bytes', written(live + #payload), 'submitted', written(submitted + 1), 'wall_ms', written(wall), 'clock_ms', written(now))
 -- Last: a first write that maxmemory permits would let all later ones pass.
-redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', ARGV[7])
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now - tonumber(ARGV[6]))
 return 'OK'
 """
 )
 
 CLOSE: Final = (
     _ALLOW_OOM
+    + _AGAIN
+    + _CLOCK
     + """
--- KEYS traj dedupe stats closed open | ARGV id group ordinal now size payload num_members members.. (reason count)..
-local id, group_id, ordinal, payload = ARGV[1], ARGV[2], ARGV[3], ARGV[6]
-if redis.call('GETBIT', KEYS[4], ordinal) == 1 then
+-- KEYS traj dedupe stats closed open requeued | ARGV id group ordinal size payload num_members members.. (reason count)..
+local id, group_id, ordinal, payload = ARGV[1], ARGV[2], ARGV[3], ARGV[5]
+if redis.call('GETBIT', KEYS[4], ordinal) == 1 and not is_again(KEYS[6], ordinal, group_id) then
   if redis.call('HEXISTS', KEYS[5], group_id) == 1 then return {'TAKEN'} end
   return {'DUP'}
 end
-local num_members = tonumber(ARGV[7])
+local num_members = tonumber(ARGV[6])
 local missing = {'MISSING'}
-for i = 8, 7 + num_members do
+for i = 7, 6 + num_members do
   if not redis.call('ZSCORE', KEYS[2], ARGV[i]) then missing[#missing + 1] = ARGV[i] end
 end
 if #missing > 1 then return missing end
-local unreported = tonumber(ARGV[5]) - num_members
+local unreported = tonumber(ARGV[4]) - num_members
 redis.call('HINCRBY', KEYS[3], 'submitted', unreported)
-for i = 8 + num_members, #ARGV, 2 do
+for i = 7 + num_members, #ARGV, 2 do
   redis.call('HINCRBY', KEYS[3], 'outcome:failed:' .. ARGV[i], ARGV[i + 1])
   unreported = unreported - tonumber(ARGV[i + 1])
 end
 if unreported > 0 then redis.call('HINCRBY', KEYS[3], 'outcome:failed:unreported', unreported) end
 redis.call('XADD', KEYS[1], '*', 't', id, 'g', group_id, 'k', 'c', 'n', #payload, 'b', payload)
-redis.call('ZADD', KEYS[2], ARGV[4], id)
+redis.call('ZADD', KEYS[2], clock_ms(KEYS[3]), id)
 redis.call('SETBIT', KEYS[4], ordinal, 1)
+redis.call('ZREM', KEYS[6], ordinal)
 redis.call('HDEL', KEYS[5], group_id)
 redis.call('HINCRBY', KEYS[3], 'bytes', #payload)
 redis.call('HINCRBY', KEYS[3], 'closed_groups', 1)
@@ -134,8 +182,23 @@ COMMIT: Final = (
     _ALLOW_OOM
     + _FENCED
     + f"""
--- KEYS fence traj stats dead dedupe | ARGV epoch prefix (entry kind id bytes side outcome reason)..
-for i = 3, #ARGV, 7 do
+-- KEYS fence traj stats dead dedupe requeued dead_blobs
+-- ARGV epoch blob_prefix dead_blob_prefix (entry kind id bytes side outcome reason)..
+local function keep_payload(id)
+  if redis.call('EXISTS', ARGV[2] .. id) == 0 then return end
+  redis.call('RENAME', ARGV[2] .. id, ARGV[3] .. id)
+  local size = redis.call('STRLEN', ARGV[3] .. id)
+  redis.call('RPUSH', KEYS[7], size .. ':' .. id)
+  local held = redis.call('HINCRBY', KEYS[3], 'dead_bytes', size)
+  while held > {DEAD_BLOB_BYTES} do
+    local oldest = redis.call('LPOP', KEYS[7])
+    if not oldest then break end
+    local bytes, name = string.match(oldest, '^(%d+):(.*)$')
+    redis.call('DEL', ARGV[3] .. name)
+    held = redis.call('HINCRBY', KEYS[3], 'dead_bytes', -tonumber(bytes))
+  end
+end
+for i = 4, #ARGV, 7 do
   local entry, kind, id, outcome, reason = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 5], ARGV[i + 6]
   if reason ~= '' then
     local found = redis.call('XRANGE', KEYS[2], entry, entry)
@@ -144,6 +207,7 @@ for i = 3, #ARGV, 7 do
       for f = 1, math.min(#found[1][2], 64) do copy[#copy + 1] = found[1][2][f] end
       redis.call('XADD', KEYS[4], 'MAXLEN', '~', {DEAD_MAXLEN}, '*', unpack(copy))
       redis.call('HINCRBY', KEYS[3], 'dead', 1)
+      if ARGV[i + 4] == '1' then keep_payload(id) end
       -- What no producer of ours put was never counted as submitted.
       if not redis.call('ZSCORE', KEYS[5], id) then outcome, kind = '', 'foreign' end
     end
@@ -152,7 +216,16 @@ for i = 3, #ARGV, 7 do
   if redis.call('XDEL', KEYS[2], entry) == 1 then
     if kind ~= 'foreign' then redis.call('HINCRBY', KEYS[3], 'bytes', -tonumber(ARGV[i + 3])) end
     if ARGV[i + 4] == '1' then redis.call('DEL', ARGV[2] .. id) end
-    if kind == 'c' then redis.call('HINCRBY', KEYS[3], 'committed_groups', 1) end
+    if kind == 'c' then
+      redis.call('HINCRBY', KEYS[3], 'committed_groups', 1)
+      -- With the entry's end, so that a repeated commit cannot give the group back twice.
+      local ordinal, round = string.match(outcome, '^again:(%d+):(%d+)$')
+      if ordinal then
+        redis.call('ZADD', KEYS[6], round, ordinal)
+        redis.call('HINCRBY', KEYS[3], 'requeued_groups', 1)
+        outcome = ''
+      end
+    end
     if outcome ~= '' then redis.call('HINCRBY', KEYS[3], 'outcome:' .. outcome, 1) end
   end
 end
@@ -210,26 +283,30 @@ return {'OK', '0'}
 LEASE: Final = (
     _ALLOW_OOM
     + """
--- KEYS leases lease_owners closed stats | ARGV owner want budget consumed_groups ttl_ms is_first
-local owner, want, expires = ARGV[1], tonumber(ARGV[2]), 0
+-- KEYS leases lease_owners closed requeued stats | ARGV owner want budget consumed_groups ttl_ms is_first
+local owner, want = ARGV[1], tonumber(ARGV[2])
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
-expires = now + tonumber(ARGV[5])
-local taken, idle = {}, {}
+local taken, count, idle = {}, 0, {}
+local function is_over(ordinal)
+  return redis.call('GETBIT', KEYS[3], ordinal) == 1 and not redis.call('ZSCORE', KEYS[4], ordinal)
+end
 local function take(ordinal)
-  redis.call('ZADD', KEYS[1], expires, ordinal)
+  redis.call('ZADD', KEYS[1], now + tonumber(ARGV[5]), ordinal)
   redis.call('HSET', KEYS[2], ordinal, owner)
   taken[#taken + 1] = tostring(ordinal)
+  taken[#taken + 1] = redis.call('ZSCORE', KEYS[4], ordinal) or '0'
+  count = count + 1
 end
 -- There are at most `budget` leases, so walking over them is cheap.
 local leases = redis.call('ZRANGE', KEYS[1], 0, -1, 'WITHSCORES')
 for i = 1, #leases, 2 do
   local ordinal = tonumber(leases[i])
-  if redis.call('GETBIT', KEYS[3], ordinal) == 1 then
-    redis.call('ZREM', KEYS[1], leases[i])
-    redis.call('HDEL', KEYS[2], leases[i])
-  elseif ARGV[6] == '1' and redis.call('HGET', KEYS[2], leases[i]) == owner then
-    redis.call('ZADD', KEYS[1], 0, leases[i])
+  if is_over(ordinal) then
+    redis.call('ZREM', KEYS[1], ordinal)
+    redis.call('HDEL', KEYS[2], ordinal)
+  elseif ARGV[6] == '1' and redis.call('HGET', KEYS[2], ordinal) == owner then
+    redis.call('ZADD', KEYS[1], 0, ordinal)
     idle[#idle + 1] = ordinal
   elseif tonumber(leases[i + 1]) < now then
     idle[#idle + 1] = ordinal
@@ -237,13 +314,24 @@ for i = 1, #leases, 2 do
 end
 table.sort(idle)
 for _, ordinal in ipairs(idle) do
-  if #taken >= want then break end
+  if count >= want then break end
   take(ordinal)
 end
-local ahead = redis.call('ZCARD', KEYS[1]) + tonumber(redis.call('HGET', KEYS[4], 'closed_groups') or '0') - tonumber(ARGV[4])
-local room = tonumber(ARGV[3]) - ahead
+local closed_groups = tonumber(redis.call('HGET', KEYS[5], 'closed_groups') or '0')
+local room = tonumber(ARGV[3]) - (redis.call('ZCARD', KEYS[1]) + closed_groups - tonumber(ARGV[4]))
+-- What the learner gave back comes before what is new: the run's cursor stands at it.
+local again = {}
+for _, ordinal in ipairs(redis.call('ZRANGE', KEYS[4], 0, -1)) do
+  if not redis.call('ZSCORE', KEYS[1], ordinal) then again[#again + 1] = tonumber(ordinal) end
+end
+table.sort(again)
+for _, ordinal in ipairs(again) do
+  if count >= want or room <= 0 then break end
+  take(ordinal)
+  room = room - 1
+end
 local next_ordinal = tonumber(redis.call('HGET', KEYS[2], 'next') or redis.call('BITPOS', KEYS[3], 0))
-while #taken < want and room > 0 do
+while count < want and room > 0 do
   if redis.call('GETBIT', KEYS[3], next_ordinal) == 0 and not redis.call('ZSCORE', KEYS[1], next_ordinal) then
     take(next_ordinal)
     room = room - 1
@@ -258,7 +346,7 @@ return taken
 RENEW: Final = (
     _ALLOW_OOM
     + """
--- KEYS leases lease_owners closed | ARGV owner ttl_ms ordinals..
+-- KEYS leases lease_owners closed requeued stats | ARGV owner ttl_ms ordinals..
 local time = redis.call('TIME')
 local expires = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000) + tonumber(ARGV[2])
 local lost = {}
@@ -286,30 +374,72 @@ return stored
 """
 )
 
+_FORGET_PAYLOAD: Final = """
+local function forget_payload(list, stats, prefix, id)
+  local size = redis.call('STRLEN', prefix .. id)
+  if redis.call('LREM', list, 1, size .. ':' .. id) == 1 then redis.call('HINCRBY', stats, 'dead_bytes', -size) end
+  redis.call('DEL', prefix .. id)
+end
+"""
+
+DROP: Final = (
+    _ALLOW_OOM
+    + _FORGET_PAYLOAD
+    + """
+-- KEYS dead stats dead_blobs | ARGV dead_blob_prefix (dead_id old_id)..
+local dropped = 0
+for i = 2, #ARGV, 2 do
+  dropped = dropped + redis.call('XDEL', KEYS[1], ARGV[i])
+  forget_payload(KEYS[3], KEYS[2], ARGV[1], ARGV[i + 1])
+end
+return dropped
+"""
+)
+
 REPLAY: Final = (
     _ALLOW_OOM
+    + _FORGET_PAYLOAD
+    + _CLOCK
     + """
--- KEYS traj dedupe stats dead | ARGV now close_id group close_payload (dead_id old_id new_id payload)..
-for i = 5, #ARGV, 4 do
+-- KEYS traj dedupe stats dead dead_blobs
+-- ARGV close_id group close_payload blob_prefix dead_blob_prefix side_above (dead_id old_id new_id payload)..
+for i = 7, #ARGV, 4 do
   if not redis.call('XRANGE', KEYS[4], ARGV[i], ARGV[i])[1] then return {'GONE', ARGV[i]} end
   if not redis.call('ZSCORE', KEYS[2], ARGV[i + 1]) then return {'FOREIGN', ARGV[i + 1]} end
 end
-local bytes, count = #ARGV[4], 0
-for i = 5, #ARGV, 4 do
+local bytes, count, now = #ARGV[3], 0, clock_ms(KEYS[3])
+for i = 7, #ARGV, 4 do
   local id, payload = ARGV[i + 2], ARGV[i + 3]
-  redis.call('XADD', KEYS[1], '*', 't', id, 'g', ARGV[3], 'k', 't', 'n', #payload, 'b', payload)
-  redis.call('ZADD', KEYS[2], ARGV[1], id)
+  if #payload > tonumber(ARGV[6]) then
+    redis.call('SET', ARGV[4] .. id, payload)
+    redis.call('XADD', KEYS[1], '*', 't', id, 'g', ARGV[2], 'k', 't', 'n', #payload, 's', '1')
+  else
+    redis.call('XADD', KEYS[1], '*', 't', id, 'g', ARGV[2], 'k', 't', 'n', #payload, 'b', payload)
+  end
+  forget_payload(KEYS[5], KEYS[3], ARGV[5], ARGV[i + 1])
+  redis.call('ZADD', KEYS[2], now, id)
   redis.call('XDEL', KEYS[4], ARGV[i])
   bytes, count = bytes + #payload, count + 1
 end
-redis.call('XADD', KEYS[1], '*', 't', ARGV[2], 'g', ARGV[3], 'k', 'c', 'n', #ARGV[4], 'b', ARGV[4])
-redis.call('ZADD', KEYS[2], ARGV[1], ARGV[2])
+redis.call('XADD', KEYS[1], '*', 't', ARGV[1], 'g', ARGV[2], 'k', 'c', 'n', #ARGV[3], 'b', ARGV[3])
+redis.call('ZADD', KEYS[2], now, ARGV[1])
 -- They were counted as failed once; they wait again, so that column gives them back and the sums stay closed.
 redis.call('HINCRBY', KEYS[3], 'outcome:failed:dead_letter', -count)
 redis.call('HINCRBY', KEYS[3], 'bytes', bytes)
 redis.call('HINCRBY', KEYS[3], 'closed_groups', 1)
 redis.call('HINCRBY', KEYS[3], 'replayed', count)
 return {'OK', tostring(count)}
+"""
+)
+
+FULL_AGE: Final = (
+    "#!lua flags=no-writes\n"
+    + _CLOCK
+    + """
+-- KEYS stats ; milliseconds since a producer last found no room, -1 for never
+local at = redis.call('HGET', KEYS[1], 'full_ms')
+if not at then return -1 end
+return math.abs(wall_ms() - tonumber(at))
 """
 )
 

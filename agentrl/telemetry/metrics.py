@@ -114,7 +114,7 @@ CHAPTERS: Sequence[Chapter] = (
         Metric("rollout_corr/rollout_rs_<rule>_{mean,std,max,min,fraction_high,fraction_low,masked_fraction,seq_masked_fraction}", "One rule's statistic and what it alone rejects."),
     )),
     Chapter("What became of the data", (
-        Metric("agentrl/groups/{consumed,trained,dropped}", "Groups this step consumed, by what became of them.", "dropped near consumed"),
+        Metric("agentrl/groups/{consumed,trained,dropped,requeued}", "Groups this step consumed, by what became of them; `requeued` are given back to be sampled again, and among the dropped.", "dropped near consumed"),
         Metric("agentrl/groups/effective_size/mean", "Finished trajectories per group.", "well below `serve.n`: rollouts fail"),
         Metric("agentrl/groups/consumed_total", "Groups consumed since the run began."),
         Metric("agentrl/trajectories/{trained,filtered,stale,failed,over_stale}", "Trajectories by how they ended; `over_stale` counts those beyond the bound, whatever the policy did with them.", "failed above a few percent; stale above 0 for long"),

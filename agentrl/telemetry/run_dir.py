@@ -7,6 +7,7 @@ trajectories/  weights/  checkpoints/step_N/  evals/  logs/  redis/
 import fcntl
 import json
 import os
+import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import Any
 import psutil
 
 from agentrl.errors import ConfigError
+from agentrl.process import start_time
 
 
 class RunDir:
@@ -131,6 +133,22 @@ class RunDir:
     def read_status(self, role: str) -> dict[str, Any]:
         return read_json(self.status / f"{role}.json") or {}
 
+    def status_age_s(self, role: str) -> float:
+        """Seconds since a process last wrote its status; 0 when it never did. Both times are the file system's, so that neither a
+        clock that is set nor another machine's makes a live process look silent."""
+        probe = self.status / f".now-{os.getpid()}-{threading.get_ident()}"
+        try:
+            written = (self.status / f"{role}.json").stat().st_mtime
+        except OSError:
+            return 0.0
+        try:
+            probe.touch()
+            now = probe.stat().st_mtime
+            probe.unlink()
+        except OSError:  # a reader without the right to write, or a full disk
+            now = time.time()
+        return max(0.0, now - written)
+
     def read_metrics(self) -> list[dict[str, Any]]:
         """The steps recorded so far. A torn last line, of a process killed in mid-write, is left out."""
         return list(read_jsonl(self.metrics))
@@ -144,7 +162,7 @@ def is_alive(entry: Mapping[str, Any]) -> bool:
     try:
         process = psutil.Process(int(entry["pid"]))
         created = entry.get("created")
-        return process.status() != psutil.STATUS_ZOMBIE and (created is None or abs(process.create_time() - created) < 1.0)
+        return process.status() != psutil.STATUS_ZOMBIE and (created is None or abs(start_time(process.pid) - created) < 1.0)
     except psutil.Error:
         return False
 
@@ -176,7 +194,7 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 def _with_start_time(entry: dict[str, Any]) -> dict[str, Any]:
     try:
-        entry["created"] = psutil.Process(int(entry["pid"])).create_time()
+        entry["created"] = start_time(int(entry["pid"]))
     except psutil.Error:
         entry["created"] = None
     return entry

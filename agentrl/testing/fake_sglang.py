@@ -14,6 +14,7 @@ As a process of its own: ``python -m agentrl.testing.fake_sglang --port P --weig
 import argparse
 import asyncio
 import hashlib
+import hmac
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -137,6 +138,7 @@ class FakeSGLang:
         self.max_live = 0
         self._api_key, self._admin_key = api_key, admin_key
         self._pause_mode: str | None = None
+        self._update_hangs = False
         self._resumed = asyncio.Event()
         self._departed = asyncio.Event()
         self._live: dict[str, _Live] = {}
@@ -224,6 +226,10 @@ class FakeSGLang:
         for live in self._live.values():
             live.is_lost = True
 
+    def hang_updates(self, *, hangs: bool = True) -> None:
+        """Take weight updates and answer none of them until told otherwise."""
+        self._update_hangs = hangs
+
     def stall(self, *, stalled: bool = True) -> None:
         """Accept generations and never answer; other calls work."""
         self._stalled = stalled
@@ -265,7 +271,7 @@ class FakeSGLang:
             return True
         is_data = request.path in ("/generate", "/model_info", "/server_info", "/v1/loads")
         key = self._api_key if is_data else self._admin_key or self._api_key
-        return key is None or request.headers.get("Authorization") == f"Bearer {key}"
+        return key is None or hmac.compare_digest(request.headers.get("Authorization", "").encode(), f"Bearer {key}".encode())
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body: dict[str, Any] = orjson.loads(await request.read())
@@ -417,6 +423,8 @@ class FakeSGLang:
         is_missing = self.check_path and not os.path.isdir(body["model_path"])  # noqa: ASYNC240  # a stat in a test double
         if is_missing:
             return web.json_response({"success": False, "message": f"{body['model_path']} does not exist"}, status=400)
+        while self._update_hangs:  # noqa: ASYNC110 (released from another thread)
+            await asyncio.sleep(0.02)
         while self._pause_mode is None and self._live:  # SGLang's writer lock waits for what runs
             await self._next_departure()
         await asyncio.sleep(self.update_s)

@@ -68,7 +68,8 @@ def make_close(members: Sequence[Trajectory], *, size: int | None = None, failed
 
 
 class LossyProxy:
-    """A TCP port before a server's unix socket. ``lose_replies(n)`` lets n requests through and cuts before the answer.
+    """A TCP port before a server's unix socket. ``lose_replies(n)`` lets n requests through and cuts before the answer;
+    ``go_silent`` leaves connections half-open; ``corrupt`` flips a byte.
 
     Use as a context manager; ``url`` is where clients connect.
     """
@@ -80,6 +81,10 @@ class LossyProxy:
         self._marker = b""
         self._to_lose = 0
         self.lost = 0
+        self._silent = False
+        self._mute: set[socket.socket] = set()
+        self._to_corrupt = 0
+        self.corrupted = 0
         self._open: set[socket.socket] = set()
         self._all: list[socket.socket] = []
         self._closed = False
@@ -93,6 +98,35 @@ class LossyProxy:
         """Lose the replies to the next ``count`` requests that contain ``marker``."""
         with self._lock:
             self._to_lose, self._marker = count, marker
+
+    def go_silent(self) -> None:
+        """From now on nothing passes and nothing is closed, as when a cable is pulled; new connections are taken and stay silent."""
+        with self._lock:
+            self._silent = True
+            self._mute |= self._open
+
+    def heal(self) -> None:
+        """New connections work again. Those that fell silent stay so: their far end has forgotten them."""
+        with self._lock:
+            self._silent = False
+
+    def corrupt(self, count: int, *, marker: bytes) -> None:
+        """Flip one byte, 60 behind ``marker``, in the next ``count`` requests that hold so much."""
+        with self._lock:
+            self._to_corrupt, self._marker = count, marker
+
+    def _is_mute(self, connection: socket.socket) -> bool:
+        with self._lock:
+            return connection in self._mute
+
+    def _damaged(self, data: bytes) -> bytes:
+        at = data.find(self._marker) + 60
+        with self._lock:
+            if not self._to_corrupt or self._marker not in data or at >= len(data) - 20:
+                return data
+            self._to_corrupt -= 1
+            self.corrupted += 1
+        return data[:at] + bytes([data[at] ^ 0x55]) + data[at + 1 :]
 
     def cut_all(self) -> None:
         """Cut every connection now, as a network does."""
@@ -136,6 +170,8 @@ class LossyProxy:
             with self._lock:
                 self._open |= {client, upstream}
                 self._all += [client, upstream]
+                if self._silent:
+                    self._mute |= {client, upstream}
             self._spawn(self._forward_requests, client, upstream, doomed)
             self._spawn(self._forward_replies, client, upstream, doomed)
 
@@ -147,7 +183,8 @@ class LossyProxy:
                         self._to_lose -= 1
                         self.lost += 1
                         doomed.set()
-                upstream.sendall(data)
+                if not self._is_mute(client):
+                    upstream.sendall(self._damaged(data))
         self._drop(client, upstream)
 
     def _forward_replies(self, client: socket.socket, upstream: socket.socket, doomed: threading.Event) -> None:
@@ -155,7 +192,8 @@ class LossyProxy:
             while data := upstream.recv(1 << 16):
                 if doomed.is_set():
                     break
-                client.sendall(data)
+                if not self._is_mute(client):
+                    client.sendall(data)
         self._drop(client, upstream)
 
     def _drop(self, *connections: socket.socket) -> None:

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from agentrl.assembly.parts import run_dir_of, stream_url
@@ -31,8 +32,13 @@ def main(config_path: str) -> None:
         record = PolicyRecord(run_epoch=epoch, version=0, path=str(model), digest=weights_digest(model))
         consumer.publish_policy(record, consumed_groups=consumer.committed_groups)
         quiet_since = time.monotonic()
+        version = 0
         while True:
             mode = mode_file.read_text().strip() if mode_file.is_file() else ""
+            if mode == "announce":  # once: the next policy, with the same weights
+                version += 1
+                mode_file.write_text("")
+                consumer.publish_policy(replace(record, version=version), consumed_groups=consumer.committed_groups)
             if mode == "step":  # computes for ever
                 status.does("step")
                 time.sleep(0.05)
@@ -43,7 +49,7 @@ def main(config_path: str) -> None:
                 status.waits("stream" if outage_s else "group", outage_s or time.monotonic() - quiet_since)
                 continue
             quiet_since = time.monotonic()
-            status.moved(version=0)
+            status.moved(version=version)
             if mode != "hold":  # holds what it read, as before a checkpoint that never comes
                 consumer.commit([group.close.id], outcomes={})
                 consumer.report_progress(consumer.committed_groups)

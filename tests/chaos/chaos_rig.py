@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from agentrl.telemetry.run_dir import RunDir
@@ -114,7 +116,8 @@ def write_config(folder: Path, *, name: str = "run", tool: str = "add", **sectio
 
 def environment(folder: Path) -> dict[str, str]:
     quiet = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    return {**os.environ, **quiet, "PYTHONPATH": str(ROOT), "CHAOS_SCRIPT": str(folder / "script.json")}
+    path = os.environ.get("CHAOS_PYTHONPATH", str(ROOT))
+    return {**os.environ, **quiet, "PYTHONPATH": path, "CHAOS_SCRIPT": str(folder / "script.json")}
 
 
 class Process:
@@ -146,6 +149,21 @@ class Process:
 
     def text(self) -> str:
         return self.output.read_text(errors="replace")
+
+
+@contextmanager
+def small_disk(folder: Path, *, mib: int) -> Iterator[Path]:
+    """A file system of this size, gone after the block; the test is skipped where this user may not mount one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(folder)], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        pytest.skip(f"mounting a small tmpfs is not permitted here: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def agentrl(*arguments: str, folder: Path, name: str) -> Process:

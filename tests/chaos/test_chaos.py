@@ -41,6 +41,7 @@ class Run:
 
     def __init__(self, folder: Path, config: Path, *overrides: str) -> None:
         self.directory = RunDir(folder / "runs" / config.stem)
+        self.needs_server = True
         self.process: Process = agentrl("run", "-c", str(config), *overrides, folder=folder, name="run")
 
     def logs(self) -> str:
@@ -63,7 +64,8 @@ class Run:
             return read_books(client, keys).ledger.trained
 
     def audit(self) -> None:
-        self.wait(EmbeddedServer(self.directory.redis).is_running, seconds=20, name="restarted stream server")
+        if self.needs_server:
+            self.wait(EmbeddedServer(self.directory.redis).is_running, seconds=20, name="restarted stream server")
         try:
             report = audit_run(self.directory.root)
         except ConfigError as error:
@@ -72,12 +74,12 @@ class Run:
             return
         assert report.clean, f"{report.text()}\n{self.logs()}"
 
-    def finish(self, *, seconds: float) -> None:
+    def finish(self, *, seconds: float, code: int = 0) -> None:
         try:
-            code: int | None = self.process.process.wait(seconds)
+            ended: int | None = self.process.process.wait(seconds)
         except subprocess.TimeoutExpired:
-            code = None
-        assert code == 0, f"exit code {code}\n{self.logs()}"
+            ended = None
+        assert ended == code, f"exit code {ended}\n{self.logs()}"
         self.process.close()
 
 
@@ -143,8 +145,9 @@ def test_no_kill_and_no_halt_loses_repeats_or_sticks_anything(
 
     last = run.acknowledged()
     run.wait(lambda: run.acknowledged() > last, seconds=STUCK_AFTER_S, name="progress after the last event")
-    run.process.process.send_signal(signal.SIGTERM)
-    run.finish(seconds=150)
+    how = signal.SIGTERM if number % 2 else signal.SIGINT
+    run.process.process.send_signal(how)
+    run.finish(seconds=150, code=128 + how)
     report = audit_run(run.directory.root)
     assert report.clean, report.text()
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from chaos_rig import ROOT, Process, agentrl, environment, until, write_config, write_project
 from chaos_script import Script
@@ -207,6 +208,39 @@ def test_a_quarantined_engine_is_named_with_the_reason(running: Running) -> None
         assert "scripted" in verdict.text, "the reason the engine gave"
     finally:
         running.engine.server.heal_updates()
+
+
+def test_an_engine_that_somebody_paused_is_named(running: Running) -> None:
+    url = running.engine.server.url
+    httpx.post(url + "/pause_generation", json={"mode": "in_place"}).raise_for_status()
+    try:
+        verdict = running.stalls("engine", within_s=2 * LIMIT_S + 8)
+        assert url in verdict.text
+    finally:
+        httpx.post(url + "/continue_generation", json={}).raise_for_status()
+
+
+def test_a_weight_update_that_no_engine_answers_is_named(running: Running) -> None:
+    running.engine.server.hang_updates()
+    running.mode("learn", "announce")
+    try:
+        verdict = running.stalls("weights", within_s=2 * LIMIT_S + 6)
+        assert running.engine.server.url in verdict.text
+    finally:
+        running.engine.server.hang_updates(hangs=False)
+
+
+def test_a_stopped_sandbox_is_named_with_its_pid(running: Running) -> None:
+    root = str(running.directory.root)
+    sandbox = agentrl("sandbox", "--port", "0", "--run-dir", root, "--allow-unsafe", folder=running.folder, name="sandbox")
+    try:
+        until(lambda: running.directory.url_of("sandbox"), seconds=60, name="sandbox", show=sandbox.text)
+        os.kill(sandbox.pid, signal.SIGSTOP)
+        verdict = running.stalls("sandbox")
+        assert verdict.fix == f"kill -CONT {sandbox.pid}"
+    finally:
+        sandbox.close()
+        running.directory.deregister("sandbox")
 
 
 def test_a_tool_that_hangs_is_named(running: Running) -> None:

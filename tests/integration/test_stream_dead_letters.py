@@ -9,14 +9,15 @@ import redis
 import redis.asyncio
 
 from agentrl.errors import ConfigError
+from agentrl.stream import scripts
 from agentrl.stream.consumer import TrajectoryConsumer
 from agentrl.stream.dead_letters import drop_dead_letters, list_dead_letters, original_id, replay_dead_letters
 from agentrl.stream.keys import Keys
 from agentrl.stream.ledger import read_ledger
-from agentrl.stream.producer import TrajectoryProducer
+from agentrl.stream.producer import SIDE_KEY_BYTES, TrajectoryProducer
 from agentrl.stream.server import EmbeddedServer, connect, connect_async, ensure
 from agentrl.testing.stream_doubles import make_close, make_trajectory
-from agentrl.types import content_digest
+from agentrl.types import Trajectory, content_digest
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.asyncio]
 KEYS = Keys("dead")
@@ -117,6 +118,78 @@ async def test_a_dropped_letter_stays_counted_as_failed(client: redis.Redis, acl
     assert drop_dead_letters(client, KEYS, ids) == 3
     ledger = read_ledger(client, KEYS)
     assert (ledger.failed["dead_letter"], ledger.dead, ledger.closes) == (3, 3, True)
+
+
+def large(index: int, seed: int = 0) -> Trajectory:
+    return make_trajectory(0, index, num_tokens=200_000, seed=seed)
+
+
+async def bury_large(client: redis.Redis, aclient: redis.asyncio.Redis) -> list[Trajectory]:
+    producer = TrajectoryProducer(aclient, KEYS)
+    members = [large(0), large(1), make_trajectory(0, 2)]
+    for member in members:
+        await producer.put_trajectory(member)
+    await producer.close_group(make_close(members))
+    for _ in range(3):
+        consumer = TrajectoryConsumer(client, KEYS)
+        consumer.acquire()
+        group = consumer.next_group(5.0)
+        assert group is not None
+        consumer.blame([t.id for t in group])
+    consumer.commit([group.close.id], outcomes={})
+    return members
+
+
+async def test_a_large_letter_keeps_its_payload_and_is_replayed(client: redis.Redis, aclient: redis.asyncio.Redis) -> None:
+    members = await bury_large(client, aclient)
+    letters = list_dead_letters(client, KEYS)
+    assert [letter.num_bytes > SIDE_KEY_BYTES for letter in letters] == [True, True, False]
+    assert not any(letter.obstacle for letter in letters)
+    assert client.keys(KEYS.blob("*")) == []
+    assert drop_dead_letters(client, KEYS, [letters[1].id]) == 1
+    new = replay_dead_letters(client, KEYS, [letters[0].id, letters[2].id])
+    assert (client.keys(KEYS.dead_blob("*")), client.llen(KEYS.dead_blobs), client.hget(KEYS.stats, "dead_bytes")) == (
+        [],
+        0,
+        b"0",
+    )
+    consumer = TrajectoryConsumer(client, KEYS)
+    consumer.acquire()
+    group = consumer.next_group(5.0)
+    assert group is not None
+    assert [t.id for t in group] == new
+    assert [content_digest(t) for t in group] == [content_digest(members[0]), content_digest(members[2])]
+    consumer.commit([group.close.id], outcomes={})
+    book = read_ledger(client, KEYS)
+    assert (book.trained, book.failed["dead_letter"], book.bytes, book.closes) == (2, 1, 0, True)
+    assert client.keys(KEYS.blob("*")) == []
+
+
+async def test_payloads_of_large_letters_are_bounded_in_all(
+    client: redis.Redis, aclient: redis.asyncio.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scripts, "COMMIT", scripts.COMMIT.replace(str(scripts.DEAD_BLOB_BYTES), str(2 << 20)))
+    await bury_large(client, aclient)
+    oldest, newer, small = list_dead_letters(client, KEYS)
+    assert "made room for newer" in oldest.obstacle
+    assert not newer.obstacle
+    assert not small.obstacle
+    assert client.keys(KEYS.dead_blob("*")) == [KEYS.dead_blob(newer.id).encode()]
+    with pytest.raises(ConfigError, match="cannot be replayed"):
+        replay_dead_letters(client, KEYS, [oldest.entry])
+    assert drop_dead_letters(client, KEYS, [oldest.entry, newer.entry]) == 2
+    assert client.hget(KEYS.stats, "dead_bytes") == b"0"
+
+
+async def test_a_large_letter_that_was_damaged_says_so_when_it_is_replayed(
+    client: redis.Redis, aclient: redis.asyncio.Redis
+) -> None:
+    await bury_large(client, aclient)
+    letter = list_dead_letters(client, KEYS)[0]
+    client.setrange(KEYS.dead_blob(letter.id), 5000, b"damage")
+    with pytest.raises(ConfigError, match="still unreadable"):
+        replay_dead_letters(client, KEYS, [letter.entry])
+    assert read_ledger(client, KEYS).waiting == 0
 
 
 async def test_replaying_twice_gives_one_entry(client: redis.Redis, aclient: redis.asyncio.Redis) -> None:

@@ -19,7 +19,7 @@ from agentrl.stream.policy import read_progress
 from agentrl.stream.producer import TrajectoryProducer
 from agentrl.stream.server import EmbeddedServer, connect_async, ensure
 from agentrl.testing.stream_doubles import make_trajectory
-from agentrl.types import GroupClose, Task
+from agentrl.types import GroupClose, Task, group_id_of
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.asyncio]
 
@@ -60,22 +60,22 @@ async def test_processes_that_ask_at_once_share_the_ordinals_without_gap_or_over
 
 async def test_the_budget_is_the_runs_and_not_the_processes(client: redis.asyncio.Redis) -> None:
     a, b = (TaskLeases(client, KEYS, owner=name, budget=6) for name in ("a", "b"))
-    assert await a.claim(4, consumed_groups=0) == [0, 1, 2, 3]
-    assert await b.claim(4, consumed_groups=0) == [4, 5]
-    assert await b.claim(4, consumed_groups=0) == []
+    assert list(await a.claim(4, consumed_groups=0)) == [0, 1, 2, 3]
+    assert list(await b.claim(4, consumed_groups=0)) == [4, 5]
+    assert list(await b.claim(4, consumed_groups=0)) == []
     await close(client, 1, 4)  # closed but not consumed: still ahead of the learner
-    assert await b.claim(4, consumed_groups=0) == []
-    assert await a.claim(4, consumed_groups=2) == [6, 7]
+    assert list(await b.claim(4, consumed_groups=0)) == []
+    assert list(await a.claim(4, consumed_groups=2)) == [6, 7]
 
 
 async def test_a_process_that_dies_loses_its_tasks_to_others_once_its_leases_expire(client: redis.asyncio.Redis) -> None:
     dead = TaskLeases(client, KEYS, owner="dead", budget=100, ttl_s=0.05)
     alive = TaskLeases(client, KEYS, owner="alive", budget=100)
-    assert await dead.claim(3, consumed_groups=0) == [0, 1, 2]
+    assert list(await dead.claim(3, consumed_groups=0)) == [0, 1, 2]
     await close(client, 1)
-    assert (await alive.claim(1, consumed_groups=0)) == [3], "a lease that runs is respected"
+    assert (list(await alive.claim(1, consumed_groups=0))) == [3], "a lease that runs is respected"
     await asyncio.sleep(0.1)
-    assert await alive.claim(4, consumed_groups=0) == [0, 2, 4, 5], "what expired comes first, what closed never again"
+    assert list(await alive.claim(4, consumed_groups=0)) == [0, 2, 4, 5], "what expired comes first, what closed never again"
     await dead.renew()
     assert dead.lost == 2
     assert dead.held == {1}, "its group closed: nothing is lost there"
@@ -87,21 +87,35 @@ async def test_a_renewed_lease_stays(client: redis.asyncio.Redis) -> None:
     await busy.claim(2, consumed_groups=0)
     renewing = asyncio.create_task(busy.run())
     await asyncio.sleep(1.5)
-    assert await other.claim(2, consumed_groups=0) == [2, 3]
+    assert list(await other.claim(2, consumed_groups=0)) == [2, 3]
     renewing.cancel()
 
 
 async def test_a_process_that_restarts_under_its_name_takes_its_own_tasks_back_at_once(client: redis.asyncio.Redis) -> None:
     await TaskLeases(client, KEYS, owner="serve-0", budget=100).claim(3, consumed_groups=0)
     again = TaskLeases(client, KEYS, owner="serve-0", budget=100)
-    assert await again.claim(2, consumed_groups=0) == [0, 1]
-    assert await again.claim(2, consumed_groups=0) == [2, 3], "the third was left for the taking, whoever asks"
+    assert list(await again.claim(2, consumed_groups=0)) == [0, 1]
+    assert list(await again.claim(2, consumed_groups=0)) == [2, 3], "the third was left for the taking, whoever asks"
 
 
 async def test_leasing_begins_where_a_run_of_one_process_stopped(client: redis.asyncio.Redis) -> None:
     await close(client, 0, 1, 2, 4)
     leases = TaskLeases(client, KEYS, owner="a", budget=100)
-    assert await leases.claim(3, consumed_groups=4) == [3, 5, 6]
+    assert list(await leases.claim(3, consumed_groups=4)) == [3, 5, 6]
+
+
+async def test_what_the_learner_gave_back_is_leased_first_and_ends_with_its_new_close(client: redis.asyncio.Redis) -> None:
+    leases = TaskLeases(client, KEYS, owner="a", budget=100)
+    assert await leases.claim(2, consumed_groups=0) == {0: 0, 1: 0}
+    await close(client, 0, 1)
+    await client.zadd(KEYS.requeued, {"1": 1})
+    assert await leases.claim(2, consumed_groups=2) == {1: 1, 2: 0}
+    assert await leases.claim(1, consumed_groups=2) == {3: 0}, "it is being played"
+    await TrajectoryProducer(client, KEYS).close_group(
+        GroupClose(group_id=group_id_of("t", 1, 1), task_id="t", ordinal=1, size=1, members=(), failed={"x": "x"})
+    )
+    assert await leases.claim(1, consumed_groups=3) == {4: 0}
+    assert {int(o) for o in await client.zrange(KEYS.leases, 0, -1)} == {2, 3, 4}
 
 
 def worker(client: redis.asyncio.Redis, owner: str, play: Callable[[], Awaitable[None]], *, ttl_s: float = 30.0) -> RolloutWorker:

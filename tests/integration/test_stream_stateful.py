@@ -10,6 +10,7 @@ import signal
 import tempfile
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,10 +38,10 @@ from agentrl.stream.policy import read_progress_sync
 from agentrl.stream.producer import TrajectoryProducer
 from agentrl.stream.server import EmbeddedServer, connect, connect_async
 from agentrl.testing.stream_doubles import make_close, make_trajectory
-from agentrl.types import Trajectory, TrajectoryGroup
+from agentrl.types import REQUEUED, Trajectory, TrajectoryGroup, group_id_of
 
 KEYS = Keys("machine")
-OUTCOMES = ("trained", "filtered", "stale")
+OUTCOMES = ("trained", "filtered", "stale", REQUEUED)
 
 
 class StreamMachine(RuleBasedStateMachine):
@@ -54,7 +55,7 @@ class StreamMachine(RuleBasedStateMachine):
         self.client.flushall()
         self.aclient = connect_async(self.server.url, role="serve")
         self.producer = TrajectoryProducer(self.aclient, KEYS, max_items=8)
-        self.next_ordinal = 0
+        self.next_ordinal = self.num_again = 0
         self.open: dict[int, list[Trajectory]] = {}
         self.put: set[str] = set()
         self.saved: dict[str, str] = {}
@@ -84,6 +85,20 @@ class StreamMachine(RuleBasedStateMachine):
         ordinal = self.next_ordinal
         self.next_ordinal += 1
         self.open[ordinal] = [make_trajectory(ordinal, i, num_tokens=12) for i in range(size)]
+        return ordinal
+
+    @rule(target=groups, size=st.integers(1, 3))
+    def open_again(self, size: int) -> Any:
+        """What the learner gave back is sampled again, under ids of its own."""
+        waiting = {o: r for o, r in self.loop.run_until_complete(self.producer.requeued()).items() if o not in self.open}
+        if not waiting:
+            return multiple()
+        ordinal, round_ = next(iter(waiting.items()))
+        self.num_again += 1
+        self.open[ordinal] = []
+        for t in (make_trajectory(ordinal, i, num_tokens=12) for i in range(size)):
+            group_id = group_id_of(t.task_id, ordinal, round_)
+            self.open[ordinal].append(replace(t, id=f"{group_id}/{t.sample_index}/0", group_id=group_id))
         return ordinal
 
     @precondition(lambda self: self.has_room())
@@ -199,10 +214,12 @@ class StreamMachine(RuleBasedStateMachine):
         ledger = read_ledger(self.client, KEYS)
         ends = Counter(outcome for outcome in self.saved.values() if outcome)
         assert set(self.saved) - {i for i, o in self.saved.items() if not o} == self.put
-        assert (ledger.trained, ledger.filtered, ledger.stale) == tuple(ends[o] for o in OUTCOMES)
+        assert (ledger.trained, ledger.filtered, ledger.stale - ledger.requeued, ledger.requeued) == tuple(
+            ends[o] for o in OUTCOMES
+        )
         progress = read_progress_sync(self.client, KEYS)
         assert (progress.items, progress.bytes, ledger.waiting) == (0, 0, 0)
-        assert progress.closed_groups == progress.committed_groups == self.next_ordinal
+        assert progress.closed_groups == progress.committed_groups == self.next_ordinal + self.num_again
         assert self.client.xpending(KEYS.traj, GROUP)["pending"] == 0
         assert ledger.closes
 

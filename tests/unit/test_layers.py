@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LAYERS = {
     "types": 0, "errors": 0, "algorithms": 0,
-    "protocols": 1, "config": 1, "supervise": 1, "telemetry": 1, "plugins": 1, "process": 1,
+    "protocols": 1, "config": 1, "supervise": 1, "telemetry": 1, "plugins": 1, "process": 1, "rate_limit": 1,
     "rollout": 2, "serving": 2, "stream": 2, "learner": 2, "data": 2, "sandbox": 2,
     "testing": 2,
     "assembly": 3, "cli": 3, "dashboard": 3,

@@ -22,6 +22,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from agentrl.errors import WeightSyncError
+from agentrl.rate_limit import RateLimit
 from agentrl.serving.embedded.continuous_batching import Sampling
 from agentrl.serving.embedded.engine import Engine, EngineFailed, Job, PauseMode
 
@@ -31,6 +32,12 @@ MAX_BODY_BYTES = 32 << 20
 """Largest request body: some millions of token ids, far above any context."""
 HEALTH_TIMEOUT_S = 20.0
 """What `/health_generate` gives its one token, as SGLang does."""
+
+RATE_LIMIT = 2000.0
+"""Requests per second and client address: above what an engine can answer, so that only a flood meets it."""
+
+FLUSH_LIMIT_S = 600.0
+"""Longest a flush may wait for the engine to be idle."""
 
 _FLUSH_POLL_S = 0.02
 _OPEN_PREFIXES = ("/health", "/ready", "/metrics")  # reachable without the api key, as in SGLang
@@ -157,6 +164,7 @@ def create_app(
     server_args: dict[str, Any],
     api_key: str | None = None,
     incremental_streaming: bool = False,
+    rate_limit: float | None = RATE_LIMIT,
 ) -> FastAPI:
     """The application.
 
@@ -170,8 +178,11 @@ def create_app(
         server_args: keys of `/server_info`.
         api_key: when given, every route but health, readiness and metrics wants ``Authorization: Bearer``.
         incremental_streaming: stream chunks carry only what is new, instead of everything so far.
+        rate_limit: requests per second and client address; more get HTTP 429. None is no limit.
     """
     app = FastAPI(title="agentrl embedded engine", openapi_url=None)
+    if rate_limit is not None:
+        app.add_middleware(RateLimit, per_s=rate_limit)
     updates = asyncio.Lock()  # of two updates at once, which one won would be the disk's choice
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_EngineMetrics(engine))
@@ -349,6 +360,8 @@ def create_app(
             timeout_s = float(request.query_params.get("timeout", "0"))
         except ValueError:
             raise _invalid("timeout must be a number of seconds.") from None
+        if not 0 <= timeout_s <= FLUSH_LIMIT_S:  # also what is not a number, or without end
+            raise _invalid(f"timeout={timeout_s} must lie between 0 and {FLUSH_LIMIT_S:g} seconds.")
         give_up = time.monotonic() + timeout_s
         while not (flushed := await engine.flush_cache()) and time.monotonic() < give_up:  # noqa: ASYNC110 (its thread knows)
             await asyncio.sleep(_FLUSH_POLL_S)

@@ -142,3 +142,15 @@ def test_parts_that_are_not_as_they_should_be_are_reported_while_the_run_moves()
     assert set(warned) == {"stream", "engine", "engine-1", "tool:code"}
     assert "2 s of acknowledged entries" in warned["stream"]
     assert "http://e:2 is quarantined: restarted" in warned["engine"]
+
+
+def test_a_full_disk_is_the_cause_of_whatever_stands_still_because_of_it() -> None:
+    down = StreamView(url="unix:///s", error="ConnectionError: refused")
+    full = judge(snapshot(stream=down, free_bytes=1 << 20))
+    assert stage(full) == ("disk", "free space")
+    assert "1.0 MiB are left" in full.text
+    assert "gives no answer" in full.text
+    assert judge(snapshot(free_bytes=1 << 20)).state == "moves", "what moves is no stall"
+    assert stage(judge(snapshot(stream=down, free_bytes=1 << 30)))[0] == "stream"
+    halted = {**snapshot().processes, "redis": ProcessView(pid=5, alive=True, stopped=True)}
+    assert stage(judge(snapshot(processes=halted, free_bytes=0)))[0] == "stream", "a halted process is halted by somebody"

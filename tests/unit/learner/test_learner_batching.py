@@ -129,6 +129,29 @@ def test_wait_trains_and_counts_what_is_over_the_bound() -> None:
     assert batch.counts["trajectories/over_stale"] == 2
 
 
+def test_requeue_gives_back_the_whole_group_fills_no_place_and_counts_the_tokens() -> None:
+    b = builder(groups_per_step=1, staleness_policy="requeue")
+    b.add(group_with(0, [1, 0], versions=[5, 0], failed={"t0/0/2/0": "deadline"}))
+    assert not b.is_full(5)
+    assert b.num_without_place(5) == 1
+    b.add(group_with(1, [1, 0], versions=[5, 4]))
+    assert b.is_full(5)
+    batch = b.build(5)
+    assert sorted(batch.outcomes.values()) == ["failed:deadline", "stale:requeued", "stale:requeued", "trained", "trained"]
+    counts = ("groups/requeued", "groups/trained", "trajectories/stale", "trajectories/over_stale", "tokens/stale")
+    assert [batch.counts[name] for name in counts] == [1, 1, 2, 1, 8]
+
+
+def test_a_group_is_given_back_no_more_often_than_allowed_and_a_replay_never() -> None:
+    def outcomes(mark: str) -> set[str]:
+        group = group_with(0, [1, 0])
+        group = TrajectoryGroup(dataclasses.replace(group.close, group_id=f"t0/0{mark}"), group.trajectories)
+        return set(batch_of([group], version=5, max_staleness=1, staleness_policy="requeue", max_requeues=2).outcomes.values())
+
+    assert outcomes("") == outcomes("+again1") == {"stale:requeued"}
+    assert outcomes("+again2") == outcomes("+replay7-0") == {"stale"}
+
+
 @pytest.mark.parametrize(
     ("broken", "reason"),
     [
@@ -153,9 +176,7 @@ def test_what_cannot_be_trained_on_fails_alone(broken: dict[str, Any], reason: s
     assert len(batch.rows) == 2
 
 
-@pytest.mark.parametrize(
-    "options", [{"staleness_policy": "requeue"}, {"staleness_policy": "x"}, {"zero_spread": "x"}, {"groups_per_step": 0}]
-)
+@pytest.mark.parametrize("options", [{"staleness_policy": "x"}, {"zero_spread": "x"}, {"groups_per_step": 0}])
 def test_modes_that_do_not_exist_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         builder(**options)
@@ -166,7 +187,7 @@ def test_modes_that_do_not_exist_are_refused(options: dict[str, Any]) -> None:
     rewards=st.lists(st.lists(st.sampled_from([0.0, 1.0]), min_size=0, max_size=4), min_size=1, max_size=6),
     version=st.integers(0, 4),
     zero_spread=st.sampled_from(["keep", "drop", "refill"]),
-    policy=st.sampled_from(["wait", "drop", "downweight"]),
+    policy=st.sampled_from(["wait", "drop", "downweight", "requeue"]),
 )
 def test_every_member_has_one_outcome_and_the_counts_close(
     rewards: list[list[float]], version: int, zero_spread: str, policy: str

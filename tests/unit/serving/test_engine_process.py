@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from agentrl.errors import StalledError
+from agentrl.process import start_time
 from agentrl.serving.engine_process import (
     AttachedServers,
     EmbeddedEngineSpec,
@@ -169,7 +170,7 @@ async def test_engines_do_not_outlive_a_parent_that_is_killed(tmp_path: Path) ->
 def test_stale_engines_are_ended_only_when_pid_and_start_time_match() -> None:
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     try:
-        started = psutil.Process(process.pid).create_time()
+        started = start_time(process.pid)
         other = {"role": "engine", "pid": process.pid, "url": "", "started": started - 100, "log": ""}
         not_engine = {"role": "learner", "pid": process.pid, "url": "", "started": started, "log": ""}
         attached = {"role": "engine", "pid": None, "url": "http://x", "started": None, "log": ""}
