@@ -19,7 +19,7 @@ script may touch all of them.
 | ``policy`` | hash | the policy record | learner | never (overwritten) |
 | ``progress`` | hash | version and groups decided, for admission | learner | never (overwritten) |
 | ``leases`` | zset | ordinal -> ms until which its process plays it | rollout processes, when there are several | the same, once the group closed |
-| ``lease_owners`` | hash | ordinal -> process; ``next``: lowest ordinal never leased | rollout processes | the same |
+| ``lease_owners`` | hash | ordinal -> ``round:process``; ``next``: lowest ordinal never leased | rollout processes | the same |
 | ``fleet`` | hash | the servers and what they serve, for other rollout processes | serve | serve, at its end |
 | ``fingerprint`` | hash | what serve and learn must agree on | first to start | ``clear_fingerprint`` |
 """

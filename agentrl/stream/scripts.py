@@ -288,24 +288,29 @@ local owner, want = ARGV[1], tonumber(ARGV[2])
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 local taken, count, idle = {}, 0, {}
-local function is_over(ordinal)
-  return redis.call('GETBIT', KEYS[3], ordinal) == 1 and not redis.call('ZSCORE', KEYS[4], ordinal)
+local function round_of(ordinal)
+  return redis.call('ZSCORE', KEYS[4], ordinal) or '0'
+end
+-- Its group closed, whether or not the learner gave it back meanwhile: then it is open for another round.
+local function is_over(ordinal, round)
+  return redis.call('GETBIT', KEYS[3], ordinal) == 1 and (round == '0' or round ~= round_of(ordinal))
 end
 local function take(ordinal)
   redis.call('ZADD', KEYS[1], now + tonumber(ARGV[5]), ordinal)
-  redis.call('HSET', KEYS[2], ordinal, owner)
+  redis.call('HSET', KEYS[2], ordinal, round_of(ordinal) .. ':' .. owner)
   taken[#taken + 1] = tostring(ordinal)
-  taken[#taken + 1] = redis.call('ZSCORE', KEYS[4], ordinal) or '0'
+  taken[#taken + 1] = round_of(ordinal)
   count = count + 1
 end
 -- There are at most `budget` leases, so walking over them is cheap.
 local leases = redis.call('ZRANGE', KEYS[1], 0, -1, 'WITHSCORES')
 for i = 1, #leases, 2 do
   local ordinal = tonumber(leases[i])
-  if is_over(ordinal) then
+  local round, holder = string.match(redis.call('HGET', KEYS[2], ordinal) or '0:', '^(%d+):(.*)$')
+  if is_over(ordinal, round) then
     redis.call('ZREM', KEYS[1], ordinal)
     redis.call('HDEL', KEYS[2], ordinal)
-  elseif ARGV[6] == '1' and redis.call('HGET', KEYS[2], ordinal) == owner then
+  elseif ARGV[6] == '1' and holder == owner then
     redis.call('ZADD', KEYS[1], 0, ordinal)
     idle[#idle + 1] = ordinal
   elseif tonumber(leases[i + 1]) < now then
@@ -351,7 +356,8 @@ local time = redis.call('TIME')
 local expires = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000) + tonumber(ARGV[2])
 local lost = {}
 for i = 3, #ARGV do
-  if redis.call('HGET', KEYS[2], ARGV[i]) == ARGV[1] then
+  local holder = string.match(redis.call('HGET', KEYS[2], ARGV[i]) or '', '^%d+:(.*)$')
+  if holder == ARGV[1] then
     redis.call('ZADD', KEYS[1], 'XX', expires, ARGV[i])
   elseif redis.call('GETBIT', KEYS[3], ARGV[i]) == 0 then
     lost[#lost + 1] = ARGV[i]
