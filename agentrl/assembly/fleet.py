@@ -27,15 +27,22 @@ ASK_TIMEOUT_S = 5.0
 class FleetOwner:
     """Posts the manager's servers. ``announce`` is the reconciler's ``before_update``; keep ``run()`` going."""
 
-    def __init__(self, board: FleetBoard, manager: AsyncLLMServerManager, *, target: Callable[[], PolicyRecord | None]) -> None:
-        self._board, self._manager, self._target = board, manager, target
+    def __init__(self, board: FleetBoard, manager: AsyncLLMServerManager) -> None:
+        self._board, self._manager = board, manager
+        self._served: Callable[[], tuple[int, int] | None] = lambda: None
         self._number = 0
         self._posted: FleetState | None = None
         self._coming: PolicyRecord | None = None
         self._one_at_a_time = asyncio.Lock()
 
-    async def run(self) -> None:
-        """Keep the board true until cancelled, then take it down."""
+    async def run(self, served: Callable[[], tuple[int, int] | None]) -> None:
+        """Keep the board true until cancelled, then take it down.
+
+        Args:
+            served: run epoch and version that admission may count on as adopted.
+        """
+        self._served = served
+        await self._board.clear()  # an owner that was killed left its own
         try:
             while True:
                 await self._post()
@@ -65,7 +72,7 @@ class FleetOwner:
             self._posted = state
 
     def _state(self) -> FleetState:
-        target = self._target()
+        run_epoch, version = self._served() or (0, -1)
         return FleetState(
             servers=tuple(
                 PostedServer(
@@ -81,8 +88,8 @@ class FleetOwner:
             required=self._manager.required,
             also=tuple(sorted(self._manager.also)),
             coming=self._coming.label if self._coming else None,
-            run_epoch=target.run_epoch if target else 0,
-            version=target.version if target else -1,
+            run_epoch=run_epoch,
+            version=version,
         )
 
 
@@ -112,8 +119,8 @@ class FleetFollower:
         manager.require_version(NO_POLICY)
 
     @property
-    def adopted(self) -> tuple[int, int] | None:
-        """Run epoch and version that the servers are being brought to, as last read."""
+    def served(self) -> tuple[int, int] | None:
+        """Run epoch and version that admission may count on as adopted, as last read."""
         return (self._state.run_epoch, self._state.version) if self._state.version >= 0 else None
 
     async def run(self) -> None:

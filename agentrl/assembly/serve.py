@@ -8,16 +8,18 @@ import asyncio
 import logging
 import signal
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import aiohttp
+import redis.asyncio
 import uvloop
 
+from agentrl.assembly.fleet import FleetOwner
 from agentrl.assembly.parts import (
     build_scorer,
     build_template,
@@ -36,6 +38,7 @@ from agentrl.assembly.parts import (
 )
 from agentrl.assembly.run import refuse_if_active
 from agentrl.assembly.sandbox import sandbox_process
+from agentrl.assembly.serve_workers import WorkerProcesses
 from agentrl.assembly.servers import SERVERS_TOKEN
 from agentrl.assembly.watchdog import ServeProgress, Watchdog, waits_now
 from agentrl.config import Config, dump_config
@@ -62,7 +65,9 @@ from agentrl.serving.servers_api import serving_servers_api
 from agentrl.serving.weight_reconciler import PolicyProblem, WeightReconciler
 from agentrl.stream.connection import check_server, connect, connect_async
 from agentrl.stream.fingerprint import check_fingerprint
+from agentrl.stream.fleet_board import FleetBoard
 from agentrl.stream.keys import Keys
+from agentrl.stream.leases import TaskLeases
 from agentrl.stream.policy import Progress, read_policy, read_progress
 from agentrl.stream.producer import TrajectoryProducer
 from agentrl.supervise import running
@@ -92,112 +97,212 @@ def main(config: Config) -> None:
 
 async def serve(config: Config, directory: RunDir) -> None:
     """Wire the parts and run them until a signal asks to drain."""
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    stop = stop_on_signals()
     directory.register("serve")
     try:
-        async with _rollouts(config, directory) as (worker, status):
+        async with _players(config, directory) as players:
             directory.event("serve_ready")
             watchdog = _watch(Watchdog(directory, config))
-            async with running(worker=worker.run(), status=_report(directory, status), watchdog=watchdog):
+            status = report_status(directory, "serve", players.status)
+            async with running(rollouts=players.run(), status=status, watchdog=watchdog):
                 await stop.wait()
                 log.info("draining: open groups finish, no new ones start")
-                await worker.drain(limit_s=DRAIN_LIMIT_S)
+                await players.drain(limit_s=DRAIN_LIMIT_S)
     finally:
         directory.event("serve_ended")
         directory.deregister("serve")
 
 
+def stop_on_signals() -> asyncio.Event:
+    """Set by SIGTERM or Ctrl-C."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    return stop
+
+
+class Players(Protocol):
+    """Whoever plays the rollouts: this process, or its worker processes."""
+
+    async def run(self) -> None: ...
+    async def drain(self, *, limit_s: float) -> None: ...
+    def status(self) -> dict[str, Any]: ...
+
+
 @asynccontextmanager
-async def _rollouts(config: Config, directory: RunDir) -> AsyncGenerator[tuple[RolloutWorker, Callable[[], dict[str, Any]]]]:
-    """Everything a rollout needs, opened in the order of the data path and closed in reverse."""
-    tasks = TaskSource(load_tasks(config.data.train, what="data.train"), seed=config.run.seed, shuffle=config.data.shuffle)
-    tokenizer = load_tokenizer(config)
-    keys = Keys(config.run.name)
-    url = stream_url(config, directory)
+async def _players(config: Config, directory: RunDir) -> AsyncGenerator[Players]:
+    """Engines at the announced policy, and rollouts over them; opened in the order of the data path, closed in reverse."""
+    keys, url = Keys(config.run.name), stream_url(config, directory)
     sandbox_url = directory.url_of("sandbox") if config.sandbox.url == "auto" else config.sandbox.url
-    async with sandbox_process(config, directory, wanted=needs_sandbox(config) and not sandbox_url) as started_url:
-        toolbox = build_toolbox(config, tokenizer, sandbox_url=sandbox_url or started_url)
-        template = build_template(config, tokenizer, toolbox)
-        scorer = build_scorer(config)
-        with connect(url, role="serve") as checking:
-            server = check_server(checking)
-            check_fingerprint(checking, keys, "serve", fingerprint(config, tokenizer, toolbox.schemas()))
-        log.info("stream server=%s %s durability=%s", server.name, server.version, server.persistence)
+    async with AsyncExitStack() as stack:
+        wanted = needs_sandbox(config) and not sandbox_url
+        sandbox_url = sandbox_url or await stack.enter_async_context(sandbox_process(config, directory, wanted=wanted))
+        stage = None
+        if config.serve.workers == 1:
+            stage = await stack.enter_async_context(stage_of(config, directory, stream=url, sandbox_url=sandbox_url))
         client = connect_async(url, role="serve")
-        trajectory_log = TrajectoryLog(directory.trajectories) if config.log.trajectories == "all" else None
-        try:
-            async with engines(config, directory, model_path=config.model.path) as manager:
-                producer = TrajectoryProducer(client, keys, max_items=config.max_items, max_bytes=config.queue.max_bytes)
-                reconciler = WeightReconciler(
-                    manager, read_policy=partial(read_policy, client, keys), mode=config.serve.weight_sync,
-                    on_update=lambda update: directory.event("weights_updated", **asdict(update)),
-                    on_problem=lambda problem: _note_problem(directory, problem),
-                )  # fmt: skip
-                meter, progress = _TokenMeter(), ServeProgress()
-
-                def on_trajectory(trajectory: Trajectory, episode: Episode | None) -> None:
-                    meter.add(trajectory.num_sampled)
-                    if trajectory_log is not None:
-                        trajectory_log.write(trajectory, episode)
-
-                worker = RolloutWorker(
-                    task_at=tasks.task,
-                    sink=producer,
-                    read_progress=_AdoptedProgress(
-                        partial(read_progress, client, keys),
-                        reconciler,
-                        max_behind=config.learn.max_staleness - config.learn.pipeline_depth,
-                    ),
-                    rollout=rollout_function(config, manager, template, toolbox, scorer),
-                    baseline=greedy_rollout_function(config, manager, template, toolbox, scorer)
-                    if config.learn.needs_greedy_baseline
-                    else None,
-                    group_size=config.serve.n,
-                    groups_per_step=config.learn.groups,
-                    max_staleness=config.learn.max_staleness,
-                    pipeline_depth=config.learn.pipeline_depth,
-                    in_flight=config.serve.in_flight,
-                    min_group=config.serve.min_group,
-                    group_timeout_s=config.serve.group_timeout_s,
-                    attempts=config.serve.attempts,
-                    on_trajectory=on_trajectory,
-                    on_failure=lambda rollout_id, error: directory.event(
-                        "rollout_failed", id=rollout_id, kind=error.kind, error=str(error)
-                    ),
-                    paused=toolbox.blocked,
-                    requeued=producer.requeued,
-                )
-                servers_api = serving_servers_api(manager, token=run_secret(directory, SERVERS_TOKEN))
-                async with running(reconciler=reconciler.run()), servers_api as servers_url:
-                    directory.register("serve", url=servers_url)
-                    yield worker, lambda: _status(worker, manager, reconciler, meter, progress, toolbox.stats())
-        finally:
-            if trajectory_log is not None:
-                trajectory_log.close()
-            await toolbox.aclose()
-            await client.aclose()
+        stack.push_async_callback(client.aclose)
+        manager = await stack.enter_async_context(engines(config, directory, model_path=config.model.path))
+        owner = FleetOwner(FleetBoard(client, keys), manager) if stage is None else None
+        reconciler = WeightReconciler(
+            manager, read_policy=partial(read_policy, client, keys), mode=config.serve.weight_sync,
+            on_update=lambda update: directory.event("weights_updated", **asdict(update)),
+            on_problem=lambda problem: _note_problem(directory, problem),
+            before_update=owner.announce if owner else None,
+        )  # fmt: skip
+        servers_api = serving_servers_api(manager, token=run_secret(directory, SERVERS_TOKEN))
+        directory.register("serve", url=await stack.enter_async_context(servers_api))
+        served = partial(_served, config, reconciler)
+        if owner is not None:
+            await stack.enter_async_context(running(fleet=owner.run(served)))
+        await stack.enter_async_context(running(reconciler=reconciler.run()))
+        if stage is not None:
+            progress = AdoptedProgress(stage.read_progress, served)
+            yield _Here(stage.worker(manager, progress, in_flight=config.serve.in_flight), stage, manager, reconciler)
+        else:
+            fleet = partial(_fleet_status, manager, reconciler)
+            yield WorkerProcesses(config, directory, stream=url, sandbox_url=sandbox_url, fleet=fleet)
 
 
-class _AdoptedProgress:
+@dataclass
+class Stage:
+    """What rollouts need beside servers, opened."""
+
+    config: Config
+    directory: RunDir
+    keys: Keys
+    client: redis.asyncio.Redis
+    tasks: TaskSource
+    toolbox: Toolbox
+    template: ChatTemplate
+    scorer: Scorer
+    trajectory_log: TrajectoryLog | None
+    meter: "_TokenMeter"
+
+    async def read_progress(self) -> Progress:
+        return await read_progress(self.client, self.keys)
+
+    def worker(
+        self,
+        manager: AsyncLLMServerManager,
+        progress: "AdoptedProgress",
+        *,
+        in_flight: int,
+        leases: TaskLeases | None = None,
+    ) -> RolloutWorker:
+        """The worker over these servers; with ``leases`` one of several."""
+        config, parts = self.config, (self.template, self.toolbox, self.scorer)
+        producer = TrajectoryProducer(self.client, self.keys, max_items=config.max_items, max_bytes=config.queue.max_bytes)
+        return RolloutWorker(
+            task_at=self.tasks.task,
+            sink=producer,
+            read_progress=progress,
+            rollout=rollout_function(config, manager, *parts),
+            baseline=greedy_rollout_function(config, manager, *parts) if config.learn.needs_greedy_baseline else None,
+            group_size=config.serve.n,
+            groups_per_step=config.learn.groups,
+            max_staleness=config.learn.max_staleness,
+            pipeline_depth=config.learn.pipeline_depth,
+            in_flight=in_flight,
+            min_group=config.serve.min_group,
+            group_timeout_s=config.serve.group_timeout_s,
+            attempts=config.serve.attempts,
+            on_trajectory=self._on_trajectory,
+            on_failure=lambda rollout_id, error: self.directory.event(
+                "rollout_failed", id=rollout_id, kind=error.kind, error=str(error)
+            ),
+            paused=self.toolbox.blocked,
+            requeued=producer.requeued,
+            leases=leases,
+        )
+
+    def _on_trajectory(self, trajectory: Trajectory, episode: Episode | None) -> None:
+        self.meter.add(trajectory.num_sampled)
+        if self.trajectory_log is not None:
+            self.trajectory_log.write(trajectory, episode)
+
+
+@asynccontextmanager
+async def stage_of(
+    config: Config, directory: RunDir, *, stream: str, sandbox_url: str | None, log_name: str = "rollouts"
+) -> AsyncGenerator[Stage]:
+    """Load tasks, tools, template and scorer, check them against the learner's, and open the stream."""
+    tasks = TaskSource(load_tasks(config.data.train, what="data.train"), seed=config.run.seed, shuffle=config.data.shuffle)
+    tokenizer, keys = load_tokenizer(config), Keys(config.run.name)
+    toolbox = build_toolbox(config, tokenizer, sandbox_url=sandbox_url)
+    template = build_template(config, tokenizer, toolbox)
+    scorer = build_scorer(config)
+    with connect(stream, role="serve") as checking:
+        server = check_server(checking)
+        check_fingerprint(checking, keys, "serve", fingerprint(config, tokenizer, toolbox.schemas()))
+    log.info("stream server=%s %s durability=%s", server.name, server.version, server.persistence)
+    client = connect_async(stream, role="serve")
+    trajectory_log = TrajectoryLog(directory.trajectories, name=log_name) if config.log.trajectories == "all" else None
+    try:
+        yield Stage(
+            config=config,
+            directory=directory,
+            keys=keys,
+            client=client,
+            tasks=tasks,
+            toolbox=toolbox,
+            template=template,
+            scorer=scorer,
+            trajectory_log=trajectory_log,
+            meter=_TokenMeter(),
+        )
+    finally:
+        if trajectory_log is not None:
+            trajectory_log.close()
+        await toolbox.aclose()
+        await client.aclose()
+
+
+class _Here:
+    """Rollouts in this process."""
+
+    def __init__(self, worker: RolloutWorker, stage: Stage, manager: AsyncLLMServerManager, reconciler: WeightReconciler) -> None:
+        self._worker, self._stage, self._manager, self._reconciler = worker, stage, manager, reconciler
+        self._progress = ServeProgress()
+
+    async def run(self) -> None:
+        await self._worker.run()
+
+    async def drain(self, *, limit_s: float) -> None:
+        await self._worker.drain(limit_s=limit_s)
+
+    def status(self) -> dict[str, Any]:
+        fleet = _fleet_status(self._manager, self._reconciler)
+        return {**fleet, **rollout_status(self._worker, self._stage, self._manager, self._progress)}
+
+
+def _served(config: Config, reconciler: WeightReconciler) -> tuple[int, int] | None:
+    """Run epoch and version that admission may count on as adopted by the servers.
+
+    A policy that no server could load is different from one that is being loaded: the previous one goes on sampling, as long as
+    what it samples stays within the staleness bound.
+    """
+    problem, record = reconciler.problem, reconciler.announced
+    if problem is not None and problem.behind > config.learn.max_staleness - config.learn.pipeline_depth:
+        record = reconciler.target
+    return (record.run_epoch, record.version) if record is not None else None
+
+
+class AdoptedProgress:
     """The stream's progress, with room for new groups only once the servers are being brought to that policy.
 
     The learner's announcement frees places a moment before any server has the new weights. A group started in between would be
-    sampled by the old ones: one version staler than admission counted on. A policy that no server could load is different:
-    the previous one goes on sampling, as long as what it samples stays within ``max_behind`` versions.
+    sampled by the old ones: one version staler than admission counted on. ``served`` is run epoch and version that count as adopted.
     """
 
-    def __init__(self, read: Callable[[], Awaitable[Progress]], reconciler: WeightReconciler, *, max_behind: int) -> None:
-        self._read, self._reconciler, self._max_behind = read, reconciler, max_behind
+    def __init__(self, read: Callable[[], Awaitable[Progress]], served: Callable[[], tuple[int, int] | None]) -> None:
+        self._read, self._served = read, served
         self._adopted: Progress | None = None
 
     async def __call__(self) -> Progress:
         progress = await self._read()
-        target, problem = self._reconciler.announced, self._reconciler.problem
-        if problem is not None and problem.behind > self._max_behind:
-            target = self._reconciler.target
-        if target is not None and (target.run_epoch, target.version) >= (progress.run_epoch, progress.version):
+        served = self._served()
+        if served is not None and served >= (progress.run_epoch, progress.version):
             self._adopted = progress
         if self._adopted is None or self._adopted is progress:
             return progress
@@ -328,37 +433,40 @@ async def _watch(watchdog: Watchdog) -> None:
         await asyncio.to_thread(watchdog.look)
 
 
-async def _report(directory: RunDir, status: Callable[[], dict[str, Any]]) -> None:
+async def report_status(directory: RunDir, role: str, status: Callable[[], dict[str, Any]]) -> None:
+    """Keep ``status/<role>.json`` true until cancelled."""
     while True:
-        directory.write_status("serve", status())
+        directory.write_status(role, status())
         await asyncio.sleep(STATUS_EVERY_S)
 
 
-def _status(
-    worker: RolloutWorker,
-    manager: AsyncLLMServerManager,
-    reconciler: WeightReconciler,
-    meter: "_TokenMeter",
-    progress: ServeProgress,
-    tools: Mapping[str, Mapping[str, float]],
+def rollout_status(
+    worker: RolloutWorker, stage: Stage, manager: AsyncLLMServerManager, progress: ServeProgress
 ) -> dict[str, Any]:
-    status, servers, waits = worker.status(), manager.stats(), waits_now()
+    """What the rollouts of this process do and wait for."""
+    status, waits, tools = worker.status(), waits_now(), stage.toolbox.stats()
     answered = sum(int(t["calls"] - t["infra_errors"] - t["timeouts"]) for t in tools.values())
-    tokens = sum(server.tokens_served for server in servers)
+    tokens = sum(server.tokens_served for server in manager.stats())
     return {
         **status,
         **progress.fields(finished=int(status["finished"]), tokens=tokens, calls=answered),
         "wait": next(iter(waits), ""),
         "waits": waits,
-        "tokens_per_s": round(meter.rate(), 1),
-        "engines": [asdict(server) for server in servers],
+        "tokens_per_s": round(stage.meter.rate(), 1),
         "requests": {**manager.counters(), "parked": manager.num_parked()},
+        "tools": tools,
+    }
+
+
+def _fleet_status(manager: AsyncLLMServerManager, reconciler: WeightReconciler) -> dict[str, Any]:
+    """What the servers do."""
+    return {
+        "engines": [asdict(server) for server in manager.stats()],
         "policy": {
             "target": reconciler.target.label if reconciler.target else "",
             "rollbacks": reconciler.num_rollbacks,
             "problem": asdict(reconciler.problem) if reconciler.problem else None,
         },
-        "tools": tools,
     }
 
 

@@ -113,7 +113,9 @@ class ServeConfig(Section):
     invalid_calls: PositiveInt = 4
     """Malformed or unknown calls after which a rollout stops with ``tool_limit``."""
     in_flight: PositiveInt = 256
-    """Rollouts running at once, at most."""
+    """Rollouts running at once, at most, over all workers."""
+    workers: PositiveInt = 1
+    """Processes that play rollouts, over the same servers. More than one pays when one core cannot keep the servers busy."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
     """Sampling temperature; the learner divides logits by the same value."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0

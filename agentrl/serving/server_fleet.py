@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from typing import Literal, TypeAlias
 
-from agentrl.serving.server_state import CircuitBreaker, Server, ServerState, ServerStats, Totals
+from agentrl.serving.server_state import CircuitBreaker, Server, ServerState, ServerStats, ServerView, Totals
 from agentrl.serving.sglang_client import SGLangClient
 
 log = logging.getLogger(__name__)
@@ -141,6 +141,10 @@ class ServerFleet:
     def required(self) -> str | None:
         return self._required
 
+    @property
+    def also(self) -> frozenset[str]:
+        return self._also
+
     def require(self, label: str | None, *, also: Collection[str] = ()) -> None:
         self._required, self._also = label, frozenset(also)
         self.on_change()
@@ -223,6 +227,12 @@ class ServerFleet:
         return self._required in (server.verified, server.installing) or server.verified in self._also
 
     # ---- what others see
+
+    def view(self) -> list[ServerView]:
+        """What another process must know to use the servers."""
+        return [
+            ServerView(s.url, s.capacity, s.incarnation, s.verified, s.installing, s.is_draining) for s in self._servers.values()
+        ]
 
     def stats(self) -> list[ServerStats]:
         """One entry per server, in the order they were added."""

@@ -34,7 +34,7 @@ from agentrl.serving.retry_budget import RetryBudget
 from agentrl.serving.routing import Candidate, Homes, Overload, choose_server
 from agentrl.serving.server_fleet import COUNTERS, ServerFleet, WaitReason
 from agentrl.serving.server_health import ServerHealth
-from agentrl.serving.server_state import CircuitBreaker, Server, ServerStats, Visit
+from agentrl.serving.server_state import CircuitBreaker, Server, ServerStats, ServerView, Visit
 from agentrl.serving.sglang_client import EngineBusy, EngineRejected, EngineUnavailable, PartialGeneration, SGLangClient
 from agentrl.serving.waiting_room import Place, Priority, WaitingRoom
 from agentrl.supervise import waiting
@@ -234,6 +234,15 @@ class AsyncLLMServerManager(Generator):
         return self._fleet.get(url).incarnation
 
     # ---- policy versions
+
+    @property
+    def also(self) -> frozenset[str]:
+        """Further labels that are admitted, during a rolling update."""
+        return self._fleet.also
+
+    def view(self) -> list[ServerView]:
+        """What another process must know to use the servers."""
+        return self._fleet.view()
 
     def require_version(self, label: str | None, *, also: Collection[str] = ()) -> None:
         """From now on only servers verified at ``label`` take new requests.

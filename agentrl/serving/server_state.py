@@ -3,7 +3,7 @@
 import asyncio
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from agentrl.serving.load_policy import Count, LoadReport
 from agentrl.serving.sglang_client import PartialGeneration, SGLangClient
@@ -47,6 +47,17 @@ class ServerStats:
     engine_waiting: int | None = None
     foreign_requests: int = 0
     """Requests that the engine has besides ours."""
+
+
+class ServerView(NamedTuple):
+    """One server as another process must know it to use it."""
+
+    url: str
+    capacity: float
+    incarnation: int
+    verified: str | None
+    installing: str | None
+    is_draining: bool
 
 
 class CircuitBreaker:

@@ -111,6 +111,7 @@ class WeightReconciler:
         rollback_after: failed updates of every server after which a record is given up for the previous one.
         retry_s: pause before a record that was given up is tried on one server, doubled each time up to ``max_retry_s``.
         on_update: called after every attempt.
+        before_update: awaited before a new record is adopted; must end soon.
         on_problem: called when a record is refused or given up (again), and with None when that is over.
     """
 
@@ -133,6 +134,7 @@ class WeightReconciler:
         max_retry_s: float = 300.0,
         on_update: Callable[[WeightUpdate], None] | None = None,
         on_problem: Callable[[PolicyProblem | None], None] | None = None,
+        before_update: Callable[[PolicyRecord], Awaitable[None]] | None = None,
     ) -> None:
         self._manager = manager
         self._read_policy = read_policy
@@ -147,7 +149,7 @@ class WeightReconciler:
         self._check_files = check_files
         self._rollback_after = rollback_after
         self._retry_s, self._max_retry_s = retry_s, max_retry_s
-        self._on_update, self._on_problem = on_update, on_problem
+        self._on_update, self._on_problem, self._before_update = on_update, on_problem, before_update
         self._target: PolicyRecord | None = None
         self._newest: PolicyRecord | None = None
         """The newest that was adopted, given up or not."""
@@ -200,6 +202,8 @@ class WeightReconciler:
             while True:
                 record = await self._read()
                 if record is not None and self._is_newer(record) and await self._is_usable(record):
+                    if self._before_update is not None:
+                        await self._before_update(record)
                     self._adopt(record)
                 self._try_again_what_was_given_up()
                 for url in self._due():

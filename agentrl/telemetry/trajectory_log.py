@@ -18,11 +18,11 @@ RECORD_SCHEMA = 1
 
 
 class TrajectoryLog:
-    """Appends trajectories to one file of the run."""
+    """Appends trajectories to one file of the run, ``<name>.jsonl``; each process has its own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, name: str = "rollouts") -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / "rollouts.jsonl").open("ab", buffering=0)
+        self._file = (folder / f"{name}.jsonl").open("ab", buffering=0)
 
     def write(self, trajectory: Trajectory, episode: Episode | None) -> None:
         """One unbuffered write of one line: a killed process leaves whole lines, or one torn last line."""
