@@ -38,6 +38,7 @@ from agentrl.assembly.parts import (
 )
 from agentrl.assembly.run import refuse_if_active
 from agentrl.assembly.sandbox import sandbox_process
+from agentrl.assembly.serve_on_ray import RayEngines, RayWorkers, cluster
 from agentrl.assembly.serve_workers import WorkerProcesses
 from agentrl.assembly.servers import SERVERS_TOKEN
 from agentrl.assembly.watchdog import ServeProgress, Watchdog, waits_now
@@ -54,7 +55,6 @@ from agentrl.serving.engine_process import (
     AttachedServers,
     EmbeddedEngineSpec,
     EngineFleet,
-    EngineSpec,
     ProcessEntry,
     SGLangEngineSpec,
     kill_stale,
@@ -138,11 +138,13 @@ async def _players(config: Config, directory: RunDir) -> AsyncGenerator[Players]
         wanted = needs_sandbox(config) and not sandbox_url
         sandbox_url = sandbox_url or await stack.enter_async_context(sandbox_process(config, directory, wanted=wanted))
         stage = None
-        if config.serve.workers == 1:
+        is_alone = config.serve.workers == 1 and config.serve.launcher == "local"
+        if is_alone:
             stage = await stack.enter_async_context(stage_of(config, directory, stream=url, sandbox_url=sandbox_url))
         client = connect_async(url, role="serve")
         stack.push_async_callback(client.aclose)
-        manager = await stack.enter_async_context(engines(config, directory, model_path=config.model.path))
+        ray = await stack.enter_async_context(cluster(config)) if config.serve.launcher == "ray" else None
+        manager = await stack.enter_async_context(engines(config, directory, model_path=config.model.path, ray=ray))
         owner = FleetOwner(FleetBoard(client, keys), manager) if stage is None else None
         reconciler = WeightReconciler(
             manager, read_policy=partial(read_policy, client, keys), mode=config.serve.weight_sync,
@@ -160,8 +162,12 @@ async def _players(config: Config, directory: RunDir) -> AsyncGenerator[Players]
             progress = AdoptedProgress(stage.read_progress, served)
             yield _Here(stage.worker(manager, progress, in_flight=config.serve.in_flight), stage, manager, reconciler)
         else:
-            fleet = partial(_fleet_status, manager, reconciler)
-            yield WorkerProcesses(config, directory, stream=url, sandbox_url=sandbox_url, fleet=fleet)
+            where: dict[str, Any] = {
+                "stream": url,
+                "sandbox_url": sandbox_url,
+                "fleet": partial(_fleet_status, manager, reconciler),
+            }
+            yield RayWorkers(ray, config, directory, **where) if ray else WorkerProcesses(config, directory, **where)
 
 
 @dataclass
@@ -371,8 +377,14 @@ def greedy_rollout_function(
 
 
 @asynccontextmanager
-async def engines(config: Config, directory: RunDir, *, model_path: str) -> AsyncGenerator[AsyncLLMServerManager]:
-    """The manager over running servers: attached ones, or engine processes that are started, watched and stopped here."""
+async def engines(
+    config: Config, directory: RunDir, *, model_path: str, ray: Any = None
+) -> AsyncGenerator[AsyncLLMServerManager]:
+    """The manager over running servers: attached ones, or engine processes that are started, watched and stopped here.
+
+    Args:
+        ray: the module, connected: then engines are placed on the cluster.
+    """
     left_behind = [e for e in directory.recorded_processes() if e["role"].startswith(ENGINE_ROLE)]
     await asyncio.to_thread(kill_stale, [{"role": "engine", "pid": e["pid"], "started": e["created"]} for e in left_behind])
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
@@ -385,12 +397,14 @@ async def engines(config: Config, directory: RunDir, *, model_path: str) -> Asyn
             concurrency=ConcurrencyPolicy() if concurrency == "auto" else None,
         )
         async with manager:
-            fleet = _fleet(config, directory, manager, model_path)
+            fleet = _fleet(config, directory, manager, model_path, ray)
             async with running(health=manager.run(), fleet=fleet.run()):
                 yield manager
 
 
-def _fleet(config: Config, directory: RunDir, manager: AsyncLLMServerManager, model_path: str) -> EngineFleet | AttachedServers:
+def _fleet(
+    config: Config, directory: RunDir, manager: AsyncLLMServerManager, model_path: str, ray: Any
+) -> EngineFleet | AttachedServers | RayEngines:
     def record(processes: Sequence[ProcessEntry]) -> None:
         entries = [{"role": Path(p["log"]).stem, "pid": p["pid"], "url": p["url"]} for p in processes if p["pid"] is not None]
         directory.update_processes(drop_prefix=ENGINE_ROLE, add=entries)
@@ -399,12 +413,14 @@ def _fleet(config: Config, directory: RunDir, manager: AsyncLLMServerManager, mo
     if serve.urls:
         return AttachedServers(serve.urls, manager=manager, api_key=serve.api_key, admin_key=serve.admin_key)
     spec = _engine_spec(config, directory, model_path)
+    if ray is not None:
+        return RayEngines(ray, config, [spec] * serve.replicas, manager=manager, directory=directory, on_change=record)
     return EngineFleet(
         [spec] * serve.replicas, manager=manager, log_dir=directory.logs, omp_threads=serve.engine_threads, on_change=record
     )
 
 
-def _engine_spec(config: Config, directory: RunDir, model_path: str) -> EngineSpec:
+def _engine_spec(config: Config, directory: RunDir, model_path: str) -> EmbeddedEngineSpec | SGLangEngineSpec:
     serve = config.serve
     if serve.engine == "sglang":
         return SGLangEngineSpec(

@@ -12,13 +12,13 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from agentrl.assembly.worker_status import summed
+from agentrl.assembly.worker_status import fresh_statuses, summed
 from agentrl.config import Config
 from agentrl.errors import StalledError
 from agentrl.process import die_with_parent
@@ -30,7 +30,6 @@ MAX_DEATHS_PER_MINUTE = 5
 RESTART_AFTER_S = 0.5
 KILL_AFTER_S = 5.0
 """Beyond the drain's own limit."""
-STATUS_OLD_S = 10.0
 
 
 class WorkerOrder(msgspec.Struct, frozen=True, kw_only=True):
@@ -119,12 +118,8 @@ class WorkerProcesses:
 
     def status(self) -> dict[str, Any]:
         """The workers' statuses, summed, beside the servers'."""
-        return {**self._fleet(), **summed(self._statuses()), "workers": len(self._processes), "draining": self._draining.is_set()}
-
-    def _statuses(self) -> Sequence[Mapping[str, Any]]:
-        now = time.time()
-        found = [self._directory.read_status(order.name) for order in self._orders]
-        return [status for status in found if now - float(status.get("time", 0.0)) < STATUS_OLD_S]
+        statuses = fresh_statuses(self._directory, [order.name for order in self._orders])
+        return {**self._fleet(), **summed(statuses), "workers": len(self._processes), "draining": self._draining.is_set()}
 
     async def _keep(self, order: WorkerOrder) -> None:
         deaths: deque[float] = deque(maxlen=MAX_DEATHS_PER_MINUTE + 1)

@@ -1,7 +1,13 @@
-"""Several workers' statuses as the one that the doctor, the view and the watchdog read. Pure."""
+"""Several workers' statuses as the one that the doctor, the view and the watchdog read."""
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from agentrl.telemetry.run_dir import RunDir
+
+OLD_S = 10.0
+"""A status is written every second; an older one says nothing of now."""
 
 _NEWEST = ("policy_version", "closed_groups", "consumed_groups", "next_ordinal", "budget_groups")
 _LEAST = ("quiet_s", "finished_s")
@@ -11,6 +17,12 @@ _SUMMED = (
     "open_groups", "running_rollouts", "finished", "retried", "groups_closed", "groups_again", "groups_without_members",
     "groups_without_baseline", "tokens_sampled", "tokens_observed", "tokens_per_s",
 )  # fmt: skip
+
+
+def fresh_statuses(directory: RunDir, names: Sequence[str]) -> list[dict[str, Any]]:
+    """The statuses of the workers that live."""
+    found = [directory.read_status(name) for name in names]
+    return [status for status in found if time.time() - float(status.get("time", 0.0)) < OLD_S]
 
 
 def summed(statuses: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

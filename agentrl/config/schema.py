@@ -116,6 +116,16 @@ class ServeConfig(Section):
     """Rollouts running at once, at most, over all workers."""
     workers: PositiveInt = 1
     """Processes that play rollouts, over the same servers. More than one pays when one core cannot keep the servers busy."""
+    launcher: Literal["local", "ray"] = "local"
+    """``local``: engines and workers are processes of this machine. ``ray``: actors of a Ray cluster (needs the extra ``ray``)."""
+    ray_address: str | None = None
+    """Cluster that ``launcher=ray`` joins; default ``RAY_ADDRESS``, else a Ray of its own on this machine."""
+    ray_timeout_s: PositiveFloat = 300.0
+    """How long ``launcher=ray`` waits for room for an engine."""
+    engine_gpus: NonNegativeInt = 0
+    """GPUs of one engine under ``launcher=ray``; all on one machine. For SGLang, give ``--tp`` in ``sglang_args`` too."""
+    engine_cpus: PositiveInt = 1
+    """CPUs of one engine under ``launcher=ray``."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
     """Sampling temperature; the learner divides logits by the same value."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0

@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
@@ -166,6 +166,18 @@ class _Engine:
         return f"http://{host}:{self.port}"
 
 
+class ServerRegistry(Protocol):
+    """Who is told of engines: the manager, or an actor that tells a manager elsewhere."""
+
+    @property
+    def urls(self) -> Collection[str]: ...
+    def add_server(
+        self, url: str, *, capacity: float = 1.0, api_key: str | None = None, admin_key: str | None = None
+    ) -> None: ...
+    def remove_server(self, url: str) -> None: ...
+    def quarantine(self, url: str, reason: str) -> None: ...
+
+
 class EngineFleet:
     """Runs one process per spec and keeps the manager informed.
 
@@ -179,6 +191,7 @@ class EngineFleet:
         backoff_s: before the first restart; doubled per death within a minute, up to ``max_backoff_s``.
         max_deaths_per_minute: more than these of one engine end the fleet.
         stop_grace_s: between SIGTERM and SIGKILL.
+        first_index: number of the first engine, where others run elsewhere.
         on_change: called with all processes whenever one starts, answers or dies (for ``processes.json``).
     """
 
@@ -186,7 +199,7 @@ class EngineFleet:
         self,
         specs: Sequence[EngineSpec],
         *,
-        manager: AsyncLLMServerManager,
+        manager: ServerRegistry,
         log_dir: str | os.PathLike[str],
         host: str = "127.0.0.1",
         omp_threads: int | None = None,
@@ -195,6 +208,7 @@ class EngineFleet:
         max_backoff_s: float = 30.0,
         max_deaths_per_minute: int = 5,
         stop_grace_s: float = 10.0,
+        first_index: int = 0,
         on_change: Callable[[list[ProcessEntry]], None] | None = None,
     ) -> None:
         self._manager = manager
@@ -206,7 +220,7 @@ class EngineFleet:
         self._stop_grace_s = stop_grace_s
         self._on_change = on_change
         self._log_dir = Path(log_dir)
-        self._engines = [_Engine(i, spec, self._log_dir / f"engine-{i}.log") for i, spec in enumerate(specs)]
+        self._engines = [_Engine(i, spec, self._log_dir / f"engine-{i}.log") for i, spec in enumerate(specs, first_index)]
 
     def processes(self) -> list[ProcessEntry]:
         """The engines that run now."""
