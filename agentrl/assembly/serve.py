@@ -20,6 +20,7 @@ import uvloop
 
 from agentrl.assembly.parts import (
     build_scorer,
+    build_parser,
     build_template,
     build_toolbox,
     env_name,
@@ -197,6 +198,7 @@ def rollout_function(
     require_versions: bool = True,
 ) -> RolloutFunction:
     """One rollout with everything but the task bound."""
+    parser = build_parser(config, template)
     limits = Limits(
         max_turns=config.serve.turns,
         max_tokens=config.serve.tokens,
@@ -232,7 +234,7 @@ def rollout_function(
             sample_index=sample_index,
             attempt=attempt,
             env_name=env_name(config),
-            parser=config.serve.parser,
+            parser=parser,
             require_versions=require_versions,
         )
 
