@@ -35,6 +35,11 @@ def diagnose_machine(config: Config | None) -> list[Finding]:
     return [_guarded(subject, check) for subject, check in checks]
 
 
+def diagnose_template(config: Config) -> Finding:
+    """The chat template's self-test: the differing tokens where it fails, else the call format and where turns end."""
+    return _guarded("template", lambda: _template(config))
+
+
 def diagnose_run(root: Path) -> list[Finding]:
     """The verdict on the run, then who lives, what each part waits for, and what is not as it should be.
 

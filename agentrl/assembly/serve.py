@@ -19,8 +19,8 @@ import aiohttp
 import uvloop
 
 from agentrl.assembly.parts import (
-    build_scorer,
     build_parser,
+    build_scorer,
     build_template,
     build_toolbox,
     env_name,

@@ -299,7 +299,13 @@ class ChatTemplate:
             return ids[start:]
         closing, ids = self.encode(base[split:]), self.encode(full[split:])
         end = self._end_in(closing)
-        if not full.startswith(base[:split]) or not kept or ids[:end] != closing[:end] or end >= len(ids) or ids[end] not in self._added_ids:
+        if (
+            not full.startswith(base[:split])
+            or not kept
+            or ids[:end] != closing[:end]
+            or end >= len(ids)
+            or ids[end] not in self._added_ids
+        ):
             raise self._not_preserving(messages, base, full)
         return ids[end:]
 

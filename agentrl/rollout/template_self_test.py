@@ -153,13 +153,13 @@ def _with_printed_end(template: "ChatTemplate", ids: list[int], full: Sequence[i
     if last >= len(full) or ids[last] == full[last] or not {ids[last], full[last]} <= template.closer_ids:
         return ids
     sampled, printed = template.decode_all([ids[last]]), template.decode_all([full[last]])
-    notes[f"a turn ends with {sampled!r} when it is sampled and with {printed!r} in the template's history; ours keeps the first"] = None
+    notes[
+        f"a turn ends with {sampled!r} when it is sampled and with {printed!r} in the template's history; ours keeps the first"
+    ] = None
     return [*ids[:-1], full[last]]
 
 
-def _comparable(
-    template: "ChatTemplate", messages: Sequence[Message], notes: dict[str, None], *, generation_prompt: bool
-) -> str:
+def _comparable(template: "ChatTemplate", messages: Sequence[Message], notes: dict[str, None], *, generation_prompt: bool) -> str:
     text = template.render([template.neutral(m) for m in messages], generation_prompt=generation_prompt)
     without = _EMPTY_THINK.sub("", text)
     if without != text:

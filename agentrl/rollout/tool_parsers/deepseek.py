@@ -7,9 +7,7 @@ V3 and R1 write ``<｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME``, a
 import re
 
 from agentrl.rollout.tool_parsers import FoundCall, tool_parser
-from agentrl.rollout.tool_parsers.reading import (
-    CUT, DECODER, MAX_CALLS, call_from, explain_json, failed, skip_space, spoken
-)  # fmt: skip
+from agentrl.rollout.tool_parsers.reading import CUT, DECODER, MAX_CALLS, call_from, explain_json, failed, skip_space, spoken
 
 BEGIN, END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 CALL, SEPARATOR, END_CALL = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
@@ -24,7 +22,7 @@ class DeepSeekParser:
     """See the module's docstring."""
 
     name = "deepseek"
-    markers = (CALL, SEPARATOR)
+    markers: tuple[str, ...] = (CALL, SEPARATOR)
 
     def find_calls(self, text: str, *, is_cut: bool = False) -> list[FoundCall]:
         """The calls of one turn."""
@@ -45,7 +43,9 @@ class DeepSeekParser:
                 again = inside.find(CALL, position)
                 again = len(inside) if again < 0 else again
                 stray_text = inside[position:again]
-                reason = CUT if is_cut and again == len(inside) else f"found {stray_text[:40]!r} where {CALL} belongs. Write {EXAMPLE}"
+                reason = (
+                    CUT if is_cut and again == len(inside) else f"found {stray_text[:40]!r} where {CALL} belongs. Write {EXAMPLE}"
+                )
                 call, position = failed(reason, stray_text), again
             found.append(call)
         if not found:

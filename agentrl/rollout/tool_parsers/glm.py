@@ -4,9 +4,7 @@ A value is text; the tool's schema turns it into a number, list or object.
 """
 
 from agentrl.rollout.tool_parsers import FoundCall, tool_parser
-from agentrl.rollout.tool_parsers.reading import (
-    CUT, MAX_CALLS, MAX_RAW, body_of, call_from, failed, skip_space, spoken
-)  # fmt: skip
+from agentrl.rollout.tool_parsers.reading import CUT, MAX_CALLS, MAX_RAW, body_of, call_from, failed, skip_space, spoken
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _KEY, _END_KEY, _VALUE, _END_VALUE = "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"
@@ -18,7 +16,7 @@ class GlmParser:
     """See the module's docstring."""
 
     name = "glm"
-    markers = (_KEY, _VALUE)
+    markers: tuple[str, ...] = (_KEY, _VALUE)
 
     def find_calls(self, text: str, *, is_cut: bool = False) -> list[FoundCall]:
         """The calls of one turn."""

@@ -24,7 +24,7 @@ class GptOssParser:
     """See the module's docstring."""
 
     name = "gpt_oss"
-    markers = ("<|channel|>", "to=functions.", "<|call|>")
+    markers: tuple[str, ...] = ("<|channel|>", "to=functions.", "<|call|>")
 
     def find_calls(self, text: str, *, is_cut: bool = False) -> list[FoundCall]:
         """The calls of one turn."""
@@ -43,9 +43,7 @@ class GptOssParser:
                 found += self._read(recipient.group(1), header, message, body, is_cut=is_cut and is_open, is_closed=not is_open)
         return found
 
-    def _read(
-        self, recipient: str, header: str, message: str, body: str, *, is_cut: bool, is_closed: bool
-    ) -> list[FoundCall]:
+    def _read(self, recipient: str, header: str, message: str, body: str, *, is_cut: bool, is_closed: bool) -> list[FoundCall]:
         if not message:
             reason = CUT if is_cut else f"{MESSAGE} is missing before the arguments. Write {EXAMPLE}"
             return [failed(reason, header)]
@@ -68,9 +66,7 @@ def _call(name: str, body: str, *, is_cut: bool, is_closed: bool) -> FoundCall:
     try:
         value, end = DECODER.raw_decode(body, begin)
     except (ValueError, RecursionError) as error:
-        reason = explain_json(
-            body.strip(), error, example=EXAMPLE, is_closed=is_closed, is_cut=is_cut, closing="<|call|>"
-        )
+        reason = explain_json(body.strip(), error, example=EXAMPLE, is_closed=is_closed, is_cut=is_cut, closing="<|call|>")
         return failed(reason, body)
     rest = skip_space(body, end)
     if rest < len(body):

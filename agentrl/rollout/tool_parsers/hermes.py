@@ -7,8 +7,16 @@ a call that only this parser understands would fail wherever the model is deploy
 
 from agentrl.rollout.tool_parsers import FoundCall, tool_parser
 from agentrl.rollout.tool_parsers.reading import (
-    DECODER, MAX_CALLS, MAX_RAW, body_of, call_of_object, explain_json, failed, skip_space, spoken
-)  # fmt: skip
+    DECODER,
+    MAX_CALLS,
+    MAX_RAW,
+    body_of,
+    call_of_object,
+    explain_json,
+    failed,
+    skip_space,
+    spoken,
+)
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 EXAMPLE = '{"name": "<tool>", "arguments": {…}}'
@@ -19,7 +27,7 @@ class HermesParser:
     """See the module's docstring."""
 
     name = "hermes"
-    markers = ('{"name"', "<tool_call>")
+    markers: tuple[str, ...] = ('{"name"', "<tool_call>")
 
     def find_calls(self, text: str, *, is_cut: bool = False) -> list[FoundCall]:
         """The calls of one turn. Calls the model only thought about, inside ``<think>``, are not calls."""

@@ -9,9 +9,7 @@ import re
 
 from agentrl.rollout.tool_parsers import FoundCall, tool_parser
 from agentrl.rollout.tool_parsers.python_calls import read_call
-from agentrl.rollout.tool_parsers.reading import (
-    DECODER, MAX_CALLS, call_of_object, explain_json, failed, skip_space, spoken
-)  # fmt: skip
+from agentrl.rollout.tool_parsers.reading import DECODER, MAX_CALLS, call_of_object, explain_json, failed, skip_space, spoken
 
 TAG = "<|python_tag|>"
 EXAMPLE = '{"name": "<tool>", "parameters": {…}}'
@@ -26,7 +24,7 @@ class Llama3JsonParser:
     """See the module's docstring."""
 
     name = "llama3_json"
-    markers = ('"parameters": dictionary of argument', TAG, '"parameters": ')
+    markers: tuple[str, ...] = ('"parameters": dictionary of argument', TAG, '"parameters": ')
 
     def find_calls(self, text: str, *, is_cut: bool = False) -> list[FoundCall]:
         """The calls of one turn."""

@@ -8,8 +8,16 @@ import re
 
 from agentrl.rollout.tool_parsers import FoundCall, ParseFailure, tool_parser
 from agentrl.rollout.tool_parsers.reading import (
-    CUT, DECODER, MAX_CALLS, call_from, call_of_object, explain_json, failed, skip_space, spoken
-)  # fmt: skip
+    CUT,
+    DECODER,
+    MAX_CALLS,
+    call_from,
+    call_of_object,
+    explain_json,
+    failed,
+    skip_space,
+    spoken,
+)
 
 MARKER, ARGS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
 LIST_EXAMPLE = f'{MARKER} [{{"name": "<tool>", "arguments": {{…}}}}]'
@@ -23,7 +31,7 @@ class MistralParser:
     """See the module's docstring."""
 
     name = "mistral"
-    markers = (MARKER, ARGS)
+    markers: tuple[str, ...] = (MARKER, ARGS)
 
     def find_calls(self, text: str, *, is_cut: bool = False) -> list[FoundCall]:
         """The calls of one turn."""
@@ -64,7 +72,9 @@ class MistralParser:
             if text.startswith("]", position):
                 rest = skip_space(text, position + 1)
                 if rest < len(text):
-                    found.append(failed(f"extra text after the list: {text[rest : rest + 60]!r}. End the turn there", text[rest:]))
+                    found.append(
+                        failed(f"extra text after the list: {text[rest : rest + 60]!r}. End the turn there", text[rest:])
+                    )
                 elif not found:
                     found.append(failed(f"the list of calls is empty. Write {LIST_EXAMPLE}", text[start:]))
                 return found

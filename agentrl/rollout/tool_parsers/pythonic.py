@@ -25,7 +25,7 @@ class PythonicParser:
     """See the module's docstring."""
 
     name = "pythonic"
-    markers = ("<|tool_call_start|>", "<|python_start|>", "<function_calls>", "[func_name1(")
+    markers: tuple[str, ...] = ("<|tool_call_start|>", "<|python_start|>", "<function_calls>", "[func_name1(")
 
     def find_calls(self, text: str, *, is_cut: bool = False) -> list[FoundCall]:
         """The calls of one turn."""

@@ -7,9 +7,7 @@ own line. A value is text without the line breaks next to its tags; the tool's s
 import re
 
 from agentrl.rollout.tool_parsers import FoundCall, tool_parser
-from agentrl.rollout.tool_parsers.reading import (
-    CUT, MAX_CALLS, MAX_RAW, body_of, call_from, failed, skip_space, spoken
-)  # fmt: skip
+from agentrl.rollout.tool_parsers.reading import CUT, MAX_CALLS, MAX_RAW, body_of, call_from, failed, skip_space, spoken
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _FUNCTION, _END_FUNCTION = "<function=", "</function>"
@@ -23,7 +21,7 @@ class Qwen3CoderParser:
     """See the module's docstring."""
 
     name = "qwen3_coder"
-    markers = (_FUNCTION, _PARAMETER)
+    markers: tuple[str, ...] = (_FUNCTION, _PARAMETER)
 
     def find_calls(self, text: str, *, is_cut: bool = False) -> list[FoundCall]:
         """The calls of one turn."""

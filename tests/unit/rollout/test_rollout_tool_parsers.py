@@ -65,7 +65,11 @@ QWEN3_CODER: list[Case] = [
 
 
 def glm(name: str, **values: str) -> str:
-    return f"<tool_call>{name}\n" + "".join(f"<arg_key>{k}</arg_key>\n<arg_value>{v}</arg_value>\n" for k, v in values.items()) + "</tool_call>"
+    return (
+        f"<tool_call>{name}\n"
+        + "".join(f"<arg_key>{k}</arg_key>\n<arg_value>{v}</arg_value>\n" for k, v in values.items())
+        + "</tool_call>"
+    )
 
 
 GLM: list[Case] = [
@@ -118,7 +122,10 @@ LLAMA3: list[Case] = [
 
 MISTRAL: list[Case] = [
     ('[TOOL_CALLS] [{"name": "f", "arguments": {"a": 1}}]', [("f", {"a": 1})]),
-    ('[TOOL_CALLS][{"name": "f", "arguments": {}, "id": "abc123XYZ"}, {"name": "g", "arguments": {"b": [1]}}]', [("f", {}), ("g", {"b": [1]})]),
+    (
+        '[TOOL_CALLS][{"name": "f", "arguments": {}, "id": "abc123XYZ"}, {"name": "g", "arguments": {"b": [1]}}]',
+        [("f", {}), ("g", {"b": [1]})],
+    ),
     ('Sure.[TOOL_CALLS]f[ARGS]{"a": "漢字"}', [("f", {"a": "漢字"})]),
     ('[TOOL_CALLS]f[ARGS]{"a": "[TOOL"}[TOOL_CALLS]g[CALL_ID]abc123XYZ[ARGS]{}', [("f", {"a": "[TOOL"}), ("g", {})]),
     ('f[ARGS]{"a": 1}', [("f", {"a": 1})]),
@@ -139,8 +146,8 @@ MISTRAL: list[Case] = [
     ("[TOOL_CALLS] []", ["empty"]),
     ("[TOOL_CALLS] [[1]]", ["lists do not nest"]),
     ("[TOOL_CALLS]", ["after [TOOL_CALLS]"]),
-    ('[THINK]maybe [TOOL_CALLS]f[ARGS]{}[/THINK]No.', []),
-    ('[THINK]hm[/THINK][TOOL_CALLS]f[ARGS]{}', [("f", {})]),
+    ("[THINK]maybe [TOOL_CALLS]f[ARGS]{}[/THINK]No.", []),
+    ("[THINK]hm[/THINK][TOOL_CALLS]f[ARGS]{}", [("f", {})]),
     ("[1, 2]", []),
 ]
 
