@@ -175,6 +175,7 @@ def build_template(config: Config, tokenizer: Any, toolbox: Toolbox) -> ChatTemp
     """The tokenizer's template, self-tested: a template that rewrites earlier tokens is refused before anything is generated."""
     template = unchecked_template(config, tokenizer, toolbox)
     template.self_test()
+    choose_parser(config.serve.parser, template)  # an unknown format is refused before an engine is started, too
     return template
 
 
