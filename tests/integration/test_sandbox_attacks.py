@@ -427,8 +427,11 @@ except MemoryError:
     blocks.clear()
     print("denied after", size, "MiB")
 """
-    output = target.denied(code)
-    assert int(output.split("after ")[1].split()[0]) <= MEMORY_MB
+    result = target.attack(code)["run_result"]
+    if result["reason"] == "memory":  # behind a launcher the watchdog may come before the address space ends
+        assert target.tier in ("bubblewrap", "nsjail")
+        return
+    assert int(result["stdout"].split("denied after ")[1].split()[0]) <= MEMORY_MB
 
 
 def test_a_memory_bomb_over_many_processes_is_killed_as_one(target: Target) -> None:
@@ -773,7 +776,8 @@ for attack in (lambda: open(FILE).read(), lambda: os.kill(PID, 9), lambda: os.li
 '''
 interpreters.run_string(inner, f"FILE, PID, DIRECTORY = {FILE!r}, {CANARY_PID}, {DIRECTORY!r}" + program)
 """
-    assert target.denied(code).count("denied") == 3
+    lines = target.denied(code).splitlines()
+    assert sum(line.startswith("denied") for line in lines) == 3
 
 
 def test_damage_to_the_interpreter_stays_in_its_run(target: Target) -> None:
