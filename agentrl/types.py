@@ -260,6 +260,8 @@ class ToolCall:
     arguments: Mapping[str, Any]
     raw: str = ""
     """The text between the call's markers."""
+    id: str = ""
+    """The id that the model gave the call, in formats that have one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,6 +35,11 @@ def diagnose_machine(config: Config | None) -> list[Finding]:
     return [_guarded(subject, check) for subject, check in checks]
 
 
+def diagnose_template(config: Config) -> Finding:
+    """The chat template's self-test: the differing tokens where it fails, else the call format and where turns end."""
+    return _guarded("template", lambda: _template(config))
+
+
 def diagnose_run(root: Path) -> list[Finding]:
     """The verdict on the run, then who lives, what each part waits for, and what is not as it should be.
 
@@ -119,13 +124,22 @@ def _tasks(config: Config) -> Finding:
 
 
 def _template(config: Config) -> Finding:
-    from agentrl.assembly.parts import build_template, build_toolbox, load_tokenizer
+    from agentrl.assembly.parts import build_toolbox, load_tokenizer, unchecked_template
+    from agentrl.rollout.tool_format import choose_parser, misread
 
     tokenizer = load_tokenizer(config)
     toolbox = build_toolbox(config, tokenizer, sandbox_url="http://127.0.0.1:9")
-    build_template(config, tokenizer, toolbox)
+    template = unchecked_template(config, tokenizer, toolbox)
+    notes = template.self_test().notes  # a refusal shows the differing tokens
+    parser = choose_parser(config.serve.parser, template)
     names = ", ".join(s["function"]["name"] for s in toolbox.schemas()) or "no tools"
-    return Finding("template", "ok", f"is prefix-preserving; offers {names}")
+    ends = " ".join(template.decode_all([i]) for i in template.stop_ids)
+    rewrites = [n for n in notes if "not prefix-preserving" in n]
+    text = f"{'rewrites earlier turns' if rewrites else 'is prefix-preserving'}; offers {names}; calls as {parser}; turns end at {ends}"
+    text = "\n".join([text, *(f"{'':19}{note}" for note in notes)])
+    if problem := misread(parser, template):
+        return Finding("template", "warn", text, problem)
+    return Finding("template", "warn" if rewrites else "ok", text)
 
 
 def _reward(config: Config) -> Finding:

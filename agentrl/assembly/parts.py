@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import secrets
 from collections.abc import Mapping, Sequence
@@ -17,11 +18,14 @@ from agentrl.errors import ConfigError
 from agentrl.plugins import load_object
 from agentrl.rollout.chat_template import ChatTemplate
 from agentrl.rollout.reward import Scorer
+from agentrl.rollout.tool_format import choose_parser, misread
 from agentrl.rollout.tool_loading import load_tools
 from agentrl.rollout.toolbox import Toolbox
 from agentrl.stream.server import EmbeddedServer
 from agentrl.telemetry.run_dir import RunDir
 from agentrl.types import Task
+
+logger = logging.getLogger(__name__)
 
 REDIS_URL_VARIABLE = "AGENTRL_REDIS_URL"
 SUPERVISED_VARIABLE = "AGENTRL_SUPERVISED"
@@ -169,9 +173,28 @@ def build_toolbox(config: Config, tokenizer: Any, *, sandbox_url: str | None) ->
 
 def build_template(config: Config, tokenizer: Any, toolbox: Toolbox) -> ChatTemplate:
     """The tokenizer's template, self-tested: a template that rewrites earlier tokens is refused before anything is generated."""
-    template = ChatTemplate(tokenizer, tools=toolbox.schemas() or None)
+    template = unchecked_template(config, tokenizer, toolbox)
     template.self_test()
+    choose_parser(config.serve.parser, template)  # an unknown format is refused before an engine is started, too
     return template
+
+
+def unchecked_template(config: Config, tokenizer: Any, toolbox: Toolbox) -> ChatTemplate:
+    """The tokenizer's template with the run's tools, before its self-test."""
+    keep = config.model.template_rewrites == "keep"
+    return ChatTemplate(tokenizer, tools=toolbox.schemas() or None, allow_rewrites=keep)
+
+
+def build_parser(config: Config, template: ChatTemplate) -> str:
+    """The name of the tool-call format: the configured one, or the one that the template prints.
+
+    Raises:
+        ConfigError: no such format, or it cannot be told.
+    """
+    name = choose_parser(config.serve.parser, template)
+    if problem := misread(name, template):
+        logger.warning("tool_format_differs %s", problem)
+    return name
 
 
 def build_scorer(config: Config) -> Scorer:

@@ -21,6 +21,7 @@ import uvloop
 
 from agentrl.assembly.fleet import FleetOwner
 from agentrl.assembly.parts import (
+    build_parser,
     build_scorer,
     build_template,
     build_toolbox,
@@ -326,6 +327,7 @@ def rollout_function(
     require_versions: bool = True,
 ) -> RolloutFunction:
     """One rollout with everything but the task bound."""
+    parser = build_parser(config, template)
     limits = Limits(
         max_turns=config.serve.turns,
         max_tokens=config.serve.tokens,
@@ -361,7 +363,7 @@ def rollout_function(
             sample_index=sample_index,
             attempt=attempt,
             env_name=env_name(config),
-            parser=config.serve.parser,
+            parser=parser,
             require_versions=require_versions,
         )
 

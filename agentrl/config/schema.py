@@ -43,6 +43,9 @@ class ModelConfig(Section):
     """Precision of the engines' and the learner's weights."""
     chat_template: str | None = None
     """File with a Jinja chat template that replaces the tokenizer's."""
+    template_rewrites: Literal["refuse", "keep"] = "refuse"
+    """A template that changes earlier turns when messages follow: ``keep`` trains on the turns as they were sampled, although a
+    server that renders the history shows the model another one."""
 
 
 class DataConfig(Section):
@@ -96,8 +99,9 @@ class ServeConfig(Section):
     """Ask a bearer key, made up for the run, of embedded engines too. They bind to loopback only."""
     agent: str = "tool_agent"
     """Agent loop for rows that name none: ``tool_agent`` or ``single_turn``."""
-    parser: str = "hermes"
-    """Tool-call format of the model."""
+    parser: str = "auto"
+    """Tool-call format of the model: ``hermes``, ``qwen3_coder``, ``llama3_json``, ``mistral``, ``gpt_oss``, ``glm``, ``deepseek`` or
+    ``pythonic``; ``auto`` takes the one in which the chat template prints calls."""
     n: PositiveInt = 8
     """Rollouts per task: the group size."""
     turns: PositiveInt = 4

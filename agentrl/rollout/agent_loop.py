@@ -25,13 +25,13 @@ from typing import NamedTuple, TypeAlias
 
 from agentrl.errors import ConfigError, DeadlineExceeded, GenerationError, RolloutError
 from agentrl.protocols import Generator
-from agentrl.rollout.chat_template import ChatTemplate
+from agentrl.rollout.chat_template import ChatTemplate, call_id
 from agentrl.rollout.reward import Scorer
 from agentrl.rollout.tool_parsers import FoundCall, ToolParser, get_tool_parser
 from agentrl.rollout.toolbox import Observation, Toolbox, ToolSession
 from agentrl.rollout.trajectory_builder import TrajectoryBuilder
 from agentrl.supervise import deadline, waiting
-from agentrl.types import CallRecord, Episode, Generation, Message, SamplingParams, Score, Stop, Task, Trajectory, Turn
+from agentrl.types import CallRecord, Episode, Generation, Message, SamplingParams, Score, Stop, Task, ToolCall, Trajectory, Turn
 
 _LATE_S = 0.05
 """A generation that fails this close to the rollout's end failed because of it."""
@@ -160,7 +160,10 @@ class RolloutState:
 
     def find_calls(self, turn: SampledTurn) -> list[FoundCall]:
         """The calls in a turn; none where the task offers no tools."""
-        return self.parser.find_calls(turn.text, is_cut=turn.is_cut) if self.has_tools else []
+        if not self.has_tools:
+            return []
+        # A prompt that opens the reasoning leaves the sampled text with its end only, or, cut, with neither.
+        return self.parser.find_calls(self.template.opened_thinking + turn.text, is_cut=turn.is_cut)
 
     async def call_tools(self, calls: Sequence[FoundCall]) -> Stop | None:
         """Run calls and append their results; returns why the rollout must stop, if it must.
@@ -176,7 +179,7 @@ class RolloutState:
                 f"at most {self.limits.max_calls_per_turn} per turn"
             )
             observations.append(Observation(name="", text=text, ok=False, error_kind="limit"))
-        messages: list[Message] = [{"role": "tool", "content": o.text} for o in observations]
+        messages = self._result_messages(calls, observations)
         ids = self.template.observation_ids(messages, last_sampled=self.builder.token_ids[-1])
         self.num_invalid += sum(o.error_kind in ("parse", "unknown_tool", "arguments") for o in observations)
         self.tool_rewards += sum(o.reward or 0.0 for o in observations)
@@ -191,6 +194,22 @@ class RolloutState:
         if is_over:
             return "tool_limit"
         return None if fits else "max_tokens"
+
+    def _result_messages(self, calls: Sequence[FoundCall], observations: Sequence[Observation]) -> list[Message]:
+        """Tool results as the templates want them: with the tool's name and the id of the call that they answer."""
+        messages: list[Message] = []
+        for index, observation in enumerate(observations):
+            call = calls[index]
+            given = call.id if isinstance(call, ToolCall) else ""
+            messages.append(
+                {
+                    "role": "tool",
+                    "name": observation.name,
+                    "tool_call_id": given or call_id(self.num_turns - 1, index),
+                    "content": observation.text,
+                }
+            )
+        return messages
 
     def _record(self, observation: Observation, start: int, end: int) -> None:
         self.builder.add_turn(

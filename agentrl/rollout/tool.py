@@ -285,6 +285,8 @@ def _coerce_string(text: str, kind: Any) -> Any:
         return int(bare) if _INTEGER.fullmatch(bare) else float(bare)
     elif kind == "boolean" and bare.lower() in ("true", "false"):
         return bare.lower() == "true"
+    elif kind == "null" and bare in ("null", "None"):
+        return None  # formats whose values are text have no other way to say it
     elif kind in ("array", "object") and bare[:1] in ("[", "{"):
         try:
             parsed = json.loads(bare)

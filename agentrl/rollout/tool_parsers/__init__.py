@@ -1,8 +1,10 @@
 """Find tool calls in sampled text, one file per format. The text was decoded for this only and is never encoded again."""
 
 import difflib
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol, TypeAlias
 
 from agentrl.errors import ConfigError
@@ -24,9 +26,13 @@ class ToolParser(Protocol):
     """One tool-call format."""
 
     name: str
+    markers: tuple[str, ...]
+    """Strings by which a template that teaches this format can be told; only a hint, where a template prints no calls."""
 
     def find_calls(self, text: str, *, is_cut: bool = False) -> list[FoundCall]:
         """The calls in ``text``, in order, with a `ParseFailure` for each that is malformed.
+
+        Never raises, and takes time linear in the text.
 
         Args:
             text: one assistant turn, decoded, without its end-of-turn token.
@@ -35,6 +41,9 @@ class ToolParser(Protocol):
         ...
 
 
+_SHIPPED = ("deepseek", "glm", "gpt_oss", "hermes", "llama3_json", "mistral", "pythonic", "qwen3_coder")
+_ALIASES = {"qwen": "hermes", "gpt-oss": "gpt_oss", "harmony": "gpt_oss", "llama3": "llama3_json", "qwen3_xml": "qwen3_coder"}
+"""Names that other servers give to the same formats."""
 _PARSERS: dict[str, Callable[[], ToolParser]] = {}
 
 
@@ -48,16 +57,28 @@ def tool_parser(name: str) -> Callable[[Callable[[], ToolParser]], Callable[[], 
     return register
 
 
+@cache
+def _load_shipped() -> None:
+    for module in _SHIPPED:
+        importlib.import_module(f"{__name__}.{module}")  # registers itself
+
+
+def tool_parsers() -> dict[str, ToolParser]:
+    """Every registered parser by its name, in the names' order."""
+    _load_shipped()
+    return {name: _PARSERS[name]() for name in sorted(_PARSERS)}
+
+
 def get_tool_parser(name: str) -> ToolParser:
     """The parser registered as ``name``.
 
     Raises:
         ConfigError: there is none; names those there are.
     """
-    import agentrl.rollout.tool_parsers.hermes  # noqa: F401  # pyright: ignore[reportUnusedImport]  # registers itself
-
-    if name not in _PARSERS:
-        near = difflib.get_close_matches(name, _PARSERS, n=1)
+    _load_shipped()
+    known = _PARSERS.get(_ALIASES.get(name, name))
+    if known is None:
+        near = difflib.get_close_matches(name, [*_PARSERS, "auto"], n=1)
         hint = f" Did you mean `{near[0]}`?" if near else ""
-        raise ConfigError(f"no tool parser `{name}`; there are: {', '.join(sorted(_PARSERS))}.{hint}")
-    return _PARSERS[name]()
+        raise ConfigError(f"no tool parser `{name}`; there are: {', '.join(sorted(_PARSERS))}, and auto.{hint}")
+    return known()

@@ -126,6 +126,8 @@ def test_the_context_is_not_part_of_the_schema() -> None:
         ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, "5", 5),
         ({"anyOf": [{"type": "integer"}, {"type": "string"}]}, "5", "5"),
         ({"type": ["integer", "null"]}, "5", 5),
+        ({"type": ["integer", "null"]}, "null", None),
+        ({"type": ["string", "null"]}, "null", "null"),
         ({"type": "string"}, "3", "3"),
     ],
 )

@@ -1,0 +1,183 @@
+"""What the formats share: where speech begins, JSON as models write it, and reasons that say what to change.
+
+Everything here is linear in the text: a turn that repeats itself thousands of times must not hold up other rollouts.
+"""
+
+import ast
+import json
+import re
+import warnings
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from agentrl.rollout.tool_parsers import FoundCall, ParseFailure
+from agentrl.types import ToolCall
+
+MAX_CALLS = 64
+"""Calls read from one turn."""
+MAX_RAW = 2000
+"""Characters of a malformed call that are kept for people to read."""
+CUT = "the call was cut off by the token limit before it was complete. Write a shorter one"
+_SPACE = re.compile(r"\s*")
+_MAX_NAME = 256
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+DECODER = json.JSONDecoder(strict=False, parse_constant=_no_constant)  # not strict: raw newlines in strings (code)
+
+
+def skip_space(text: str, start: int) -> int:
+    """The first position from ``start`` on that is no white space."""
+    match = _SPACE.match(text, start)
+    return match.end() if match else start
+
+
+def spoken(text: str, *, opening: str = "<think>", closing: str = "</think>") -> str:
+    """What follows the reasoning; nothing, where the reasoning never ended. Calls inside reasoning are not calls."""
+    _, thought, rest = text.rpartition(closing)
+    # a turn may think twice: what stands behind the last open marker was never spoken
+    return (rest if thought else text).partition(opening)[0]
+
+
+def body_of(text: str, start: int, *, opening: str, closing: str) -> tuple[str, int | None]:
+    """The text up to the closing or the next opening marker, and the position to go on from (None: the text ended first)."""
+    close, again = text.find(closing, start), text.find(opening, start)
+    if close >= 0 and (again < 0 or close < again):
+        return text[start:close].strip(), close + len(closing)
+    if again >= 0:
+        return text[start:again].strip(), again
+    return text[start:].strip(), None
+
+
+def failed(reason: str, raw: str) -> ParseFailure:
+    """A failure that keeps only so much of the text."""
+    return ParseFailure(reason=reason, raw=raw[:MAX_RAW])
+
+
+def call_from(name: Any, arguments: Any, *, raw: str, example: str, key: str = "arguments", call_id: str = "") -> FoundCall:
+    """A call of decoded parts; ``arguments`` may be missing (None), an object, or a string that holds one.
+
+    Args:
+        name: what stands where the tool's name belongs.
+        arguments: what stands where the arguments belong.
+        raw: the call's text.
+        example: a well-formed call, shown with a failure.
+        key: what the format calls the arguments.
+        call_id: the id that the model gave the call.
+    """
+    if not isinstance(name, str) or not name.strip():
+        reason = 'the key "name" is missing' if name is None else '"name" must be a non-empty string'
+        return failed(f"{reason}. Write {example}", raw)
+    if len(name) > _MAX_NAME:
+        return failed(f"the tool's name has {len(name)} characters. Write {example}", raw)
+    if isinstance(arguments, str):
+        try:
+            arguments = DECODER.decode(arguments) if arguments.strip() else {}
+        except (ValueError, RecursionError):
+            return failed(f'"{key}" is a string that is not a JSON object. Write {example}', raw)
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, dict):
+        return failed(f'"{key}" must be an object, not {json_type(arguments)}. Write {example}', raw)
+    try:
+        json.dumps([name, arguments], ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return failed(f"the text holds half of a surrogate pair; write the character itself. Write {example}", raw)
+    return ToolCall(name=name.strip(), arguments=arguments, raw=raw, id=call_id)
+
+
+def call_of_object(value: Any, *, raw: str, example: str, keys: Sequence[str] = ("arguments",), list_hint: str = "") -> FoundCall:
+    """A call of one decoded ``{"name": …, "arguments": {…}}``.
+
+    Args:
+        value: the decoded JSON.
+        raw: its text.
+        example: a well-formed call, shown with a failure.
+        keys: names for the arguments that the format knows; the first is the proper one.
+        list_hint: what to do instead of a list.
+    """
+    if not isinstance(value, dict):
+        what = f"found a list; {list_hint}" if isinstance(value, list) and list_hint else None
+        return failed(f"{what or f'found {json_type(value)} where an object belongs'}. Write {example}", raw)
+    known = next((k for k in keys if k in value), None)
+    unknown = [str(k) for k in value if k not in ("name", "id", "type", *keys)]
+    if isinstance(value.get("name"), str) and known is None and unknown:
+        found = ", ".join(json.dumps(k) for k in unknown[:4])
+        return failed(f'the key "{keys[0]}" is missing (found {found}). Write {example}', raw)
+    identifier = value.get("id")
+    return call_from(
+        value.get("name"),
+        None if known is None else value[known],
+        raw=raw,
+        example=example,
+        key=known or keys[0],
+        call_id=identifier if isinstance(identifier, str) else "",
+    )
+
+
+def json_type(value: Any) -> str:
+    """In words for the model."""
+    kinds = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
+    return kinds.get(type(value), "null")
+
+
+def explain_json(body: str, error: Exception, *, example: str, is_closed: bool, is_cut: bool, closing: str) -> str:
+    """Why ``body`` is no JSON and what to change.
+
+    Args:
+        body: the text where an object belongs.
+        error: what the decoder raised.
+        example: a well-formed call.
+        is_closed: ``closing`` follows the body.
+        is_cut: the turn ended at a token limit.
+        closing: the marker that ends a call.
+    """
+    if not is_closed and is_cut:
+        return CUT
+    if not body:
+        return f"the call is empty. Write {example}"
+    if isinstance(error, RecursionError):
+        return "the JSON is nested too deeply"
+    if body.startswith("```"):
+        return f"the call is wrapped in a code fence. Write the bare object: {example}"
+    hint = _hint(body)
+    where = ""
+    if isinstance(error, json.JSONDecodeError):
+        near = error.doc[max(0, error.pos - 20) : error.pos + 20]
+        where = f"{error.msg} near {near!r}"
+    reason = f"invalid JSON ({where or error})"
+    if hint:
+        reason += f": {hint}"
+    elif not is_closed:
+        reason += f": the object is not complete and {closing} is missing"
+    return f"{reason}. Write {example}"
+
+
+def _hint(body: str) -> str:
+    """The usual slips, by name."""
+    if re.search(r",\s*[}\]]", body) and _is_json(re.sub(r",(\s*[}\]])", r"\1", body)):
+        return "remove the comma before the closing bracket"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in the model's text are its business
+            ast.literal_eval(body[:MAX_RAW])
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        if re.search(r"[:\[,]\s*(True|False|None)\b", body):
+            return "write true, false and null, not Python's True, False and None"
+        if body.count("{") > body.count("}"):
+            return "a closing brace is missing"
+        return ""
+    if re.search(r"[{,]\s*'", body) or re.search(r":\s*'", body):
+        return "JSON strings need double quotes, not single quotes"
+    return "this is a Python literal, not JSON (true, false, null; no trailing commas)"
+
+
+def _is_json(text: str) -> bool:
+    try:
+        DECODER.decode(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
