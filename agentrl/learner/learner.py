@@ -54,7 +54,8 @@ class Learner:
         loss: what is minimised.
         critic: the value model; only with ``advantage="gae"``.
         lora: train adapters only; the KL's reference is then the policy without them.
-        micro_batch_tokens: most tokens in one forward pass; no trajectory segment may be longer.
+        micro_batch_tokens: most tokens in one row, which is one forward pass of one rank, or of the ranks that share its tokens; no
+            trajectory segment may be longer.
         temperature: the sampler's.
         dtype: ``bf16`` computes in bf16 over fp32 master weights and writes bf16 snapshots.
         chunk_size: tokens whose logits exist at a time.
@@ -266,14 +267,15 @@ class Learner:
         for number, micro in enumerate(micro_batches, start=1):
             sharded.set_requires_gradient_sync(self._grad_sync == "each" or number == len(micro_batches))
             loss, parts = loss_of(micro)
-            # FSDP averages gradients over ranks; the loss is already divided by the global count, so the mean is undone.
+            # FSDP averages gradients over ranks; the loss is already divided by the global count, so the mean is undone. Ranks that
+            # share a row have the same loss, and each only its own part of the gradient.
             (loss * self.team.world_size).backward()
-            for name, value in parts.items():
+            for name, value in parts.items() if self.team.speaks_for_rows else ():
                 totals[name] += value.detach().double().cpu()
         return self._summed(totals)
 
     def _summed(self, totals: Mapping[str, Tensor]) -> dict[str, float]:
-        """Add up over ranks; a rank that had only empty rows knows no names."""
+        """Add up over ranks; a rank that had only empty rows, or does not speak for its rows, knows no names."""
         if self.team.world_size == 1:
             return {name: float(value) for name, value in totals.items()}
         names = self.team.all_names(sorted(totals))
