@@ -5,6 +5,7 @@ laid out as a right-padded batch, where plain causal attention is already exact 
 follows it), and gathered back.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,4 +75,9 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: 
     )
 
 
-AttentionInterface.register(PACKED, packed_attention)
+def register_packed_attention(wrap: Callable[[Any], Any] | None = None) -> None:
+    """Make it known to transformers, wrapped where compiled code must treat it specially."""
+    AttentionInterface.register(PACKED, packed_attention if wrap is None else wrap(packed_attention))
+
+
+register_packed_attention()

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from agentrl.learner.compiled import compile_layers
 from agentrl.learner.distributed import Team
 from agentrl.learner.logprobs import predictor_index
 from agentrl.learner.model import disable_dropout, load_causal_lm, place, predictor_states, row_arguments, shard
@@ -67,6 +68,7 @@ class Critic:
         dtype: Literal["fp32", "bf16"] = "fp32",
         gradient_checkpointing: bool = False,
         offload: bool = False,
+        compiled: bool = False,
     ) -> None:
         self.settings = settings
         hf = load_causal_lm(settings.path or policy_path, sequence=team.sequence)
@@ -76,6 +78,8 @@ class Critic:
         self.model = ValueModel(hf, sequence=team.sequence)
         place(self.model, team, offload=offload)
         self.model.train()
+        if compiled:
+            compile_layers(self.model.layers, team.device)
         shard(self.model, self.model.layers, team, dtype=dtype, offload=offload)
         self.optimizer_settings: OptimizerSettings = settings.optimizer
         self.optimizer = build_optimizer(self.model, settings.optimizer)

@@ -61,6 +61,7 @@ class Learner:
         chunk_size: tokens whose logits exist at a time.
         gradient_checkpointing: compute activations again in backward instead of keeping them.
         offload: keep shards, gradients and optimizer state in host memory.
+        compiled: ``torch.compile`` the decoder layers of all models.
         grad_sync: ``last`` adds gradients up over ranks once per update, in the last micro-batch, and keeps whole gradients until
             then; ``each`` after every micro-batch, which needs memory only for shards.
         reference_path: frozen reference for the KL; None takes ``model_path``.
@@ -85,6 +86,7 @@ class Learner:
         chunk_size: int = 1024,
         gradient_checkpointing: bool = False,
         offload: bool = False,
+        compiled: bool = False,
         grad_sync: Literal["last", "each"] = "last",
         reference_path: str | Path | None = None,
         max_nonfinite_steps: int = 3,
@@ -96,7 +98,9 @@ class Learner:
         self.dtype: Literal["fp32", "bf16"] = dtype
         self.optimizer_settings = optimizer
         self.micro_batch_tokens = micro_batch_tokens
-        options: dict[str, Any] = {"dtype": dtype, "temperature": temperature, "chunk_size": chunk_size, "offload": offload}
+        options: dict[str, Any] = {
+            "dtype": dtype, "temperature": temperature, "chunk_size": chunk_size, "offload": offload, "compiled": compiled,
+        }  # fmt: skip
         self.policy = load_policy(model_path, team, gradient_checkpointing=gradient_checkpointing, lora=lora, **options)
         tolerance = PACKING_TOLERANCE if dtype == "fp32" else PACKING_TOLERANCE_HALF
         check_packing(self.policy, team, tolerance=tolerance)
@@ -105,7 +109,7 @@ class Learner:
         self.critic = (
             Critic(
                 critic, policy_path=model_path, team=team, dtype=dtype, gradient_checkpointing=gradient_checkpointing,
-                offload=offload,
+                offload=offload, compiled=compiled,
             ) if critic is not None else None
         )  # fmt: skip
         self.optimizer = build_optimizer(self.policy, optimizer)

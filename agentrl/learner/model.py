@@ -21,6 +21,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 
 from agentrl.errors import ConfigError
 from agentrl.learner.attention import PACKED
+from agentrl.learner.compiled import compile_layers
 from agentrl.learner.distributed import Team
 from agentrl.learner.logprobs import predictor_index, token_logprobs, token_squares
 from agentrl.learner.lora import LoraSettings, add_adapters, merge_adapters, write_adapters
@@ -134,6 +135,7 @@ def load_policy(
     trainable: bool = True,
     lora: LoraSettings | None = None,
     offload: bool = False,
+    compiled: bool = False,
 ) -> PolicyModel:
     """Load and shard a policy; ``bf16`` computes in bf16 over fp32 master weights.
 
@@ -144,9 +146,10 @@ def load_policy(
         trainable: False for a frozen reference model.
         lora: train low-rank adapters and freeze everything else.
         offload: keep shards, gradients and optimizer state in host memory (slow; for models that do not fit).
+        compiled: ``torch.compile`` the decoder layers.
 
     Raises:
-        ConfigError: the directory holds no causal LM, or one whose logits this learner would get wrong.
+        ConfigError: the directory holds no causal LM, or one whose logits this learner would get wrong; or nothing can be compiled.
     """
     hf = load_causal_lm(path, sequence=team.sequence)
     if gradient_checkpointing:
@@ -159,6 +162,8 @@ def load_policy(
     policy = PolicyModel(hf, temperature=temperature, chunk_size=chunk_size, lora=lora, sequence=team.sequence)
     place(policy, team, offload=offload)
     policy.train()  # transformers checkpoints activations only in train mode
+    if compiled:
+        compile_layers(policy.layers, team.device)
     shard(policy, policy.layers, team, dtype=dtype, offload=offload)
     return policy
 
