@@ -247,9 +247,10 @@ class _Run:
             metrics = self._learner.step(batch)
         self._checkpoints.note(metrics)
         self._account(batch, was_skipped=metrics.get("update/nonfinite", 0.0) >= 1.0)
-        self._source.report_progress(self._consumed_groups)
         with self.timed("publish"):
             self._publish()
+        # Not before: admission would start groups in these places on the weights before, stale at a bound of 0.
+        self._source.report_progress(self._consumed_groups)
         if self._ack_at == "step":
             self._acknowledge()
         self.settle()

@@ -79,7 +79,7 @@ def learn(
     run_learning(
         source, BatchBuilder(groups_per_step=2, max_staleness=max_staleness), make_learner(tiny_dir(directory), team, lr=1e-3),
         Checkpoints(directory / "checkpoints"), WeightPublisher(directory / "weights"), source.announce,
-        num_steps=num_steps, save_every=2, stall_timeout_s=60, prefetch=True, async_save=async_save,
+        num_steps=num_steps, save_every=2, stall_timeout_s=30, prefetch=True, async_save=async_save,
     )  # fmt: skip
 
 
