@@ -1,7 +1,7 @@
 """``torch.compile`` for decoder layers: their norms, projections and activations fused; attention stays the kernel that it is.
 
-Only each layer's ``forward`` is compiled. What hooks it (FSDP's gathering, activation checkpointing) stays outside, and so do parameter
-names. Lengths are dynamic: rows of all sizes share one program.
+Only each layer's ``forward`` is compiled: FSDP's hooks stay outside, and parameter names as they are. Lengths are dynamic and
+parameters are inputs, so rows of all sizes and all layers share a handful of programs.
 """
 
 import logging

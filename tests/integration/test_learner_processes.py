@@ -144,27 +144,25 @@ def test_a_learner_killed_while_a_checkpoint_is_written_behind_its_back_comes_ba
     assert sorted(trained_ids(killed)) == sorted(trained_ids(calm))
 
 
-def test_two_ranks_learn_what_one_learns_and_three_and_one_can_continue_their_checkpoint(model_dir: Path, tmp_path: Path) -> None:
+def test_two_ranks_learn_what_one_learns_and_three_and_one_can_continue_their_checkpoint(
+    model_dir: Path, calm: Path, tmp_path: Path
+) -> None:
     from safetensors.torch import load_file
 
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert learn(model_dir, one, num_steps=4).returncode == 0
-    done = learn(model_dir, two, num_steps=2, ranks=2)
-    assert done.returncode == 0, done.stderr[-3000:]
-    done = learn(model_dir, two, num_steps=3, ranks=3)  # from the two ranks' checkpoint
-    assert done.returncode == 0, done.stderr[-3000:]
-    done = learn(model_dir, two, num_steps=4)  # on one rank, from the three ranks' checkpoint
-    assert done.returncode == 0, done.stderr[-3000:]
-    expected, found = metrics_by_step(one), metrics_by_step(two)
-    for step in (1, 2, 3, 4):
+    two = tmp_path / "two"
+    for num_steps, ranks in ((2, 2), (3, 3), (6, 1)):  # each from the checkpoint of the ranks before
+        done = learn(model_dir, two, num_steps=num_steps, ranks=ranks)
+        assert done.returncode == 0, done.stderr[-3000:]
+    expected, found = metrics_by_step(calm), metrics_by_step(two)
+    for step in (1, 2, 3, 4, 5, 6):
         for name in ("actor/pg_loss", "actor/grad_norm", "actor/entropy", "actor/ppo_kl", "rollout_corr/k3_kl"):
             assert found[step][name] == pytest.approx(expected[step][name], abs=1e-5), (step, name)
-    weights_one = load_file(one / "checkpoints" / "latest" / "model.safetensors")
+    weights_one = load_file(calm / "checkpoints" / "latest" / "model.safetensors")
     weights_two = load_file(two / "checkpoints" / "latest" / "model.safetensors")
     assert weights_one.keys() == weights_two.keys()
     for name, value in weights_one.items():
         assert (value - weights_two[name]).abs().max() < 1e-4, name
-    assert sorted(trained_ids(one)) == sorted(trained_ids(two))
+    assert sorted(trained_ids(calm)) == sorted(trained_ids(two))
 
 
 def test_two_ranks_agree_with_one_on_critic_adapters_and_steered_kl_though_one_of_them_has_no_work(
