@@ -201,12 +201,12 @@ class Checkpoints:
             task.wait(timeout_s)
         if not task.is_done:
             return False
-        self._writing = None
-        if task.error is not None:
+        if task.error is not None:  # now and whenever asked again: nobody may take a later call for the success of this one
             raise CheckpointError(
                 f"checkpoint {final} could not be written: {type(task.error).__name__}: {task.error}. Nothing that it contains was "
                 f"acknowledged. Check space and rights."
             ) from task.error
+        self._writing = None
         self._parent = final
         return True
 

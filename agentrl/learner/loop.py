@@ -296,7 +296,7 @@ class _Run:
             if not self._checkpoints.is_durable(wait=True, timeout_s=ABANDON_S):
                 logger.warning("a checkpoint is still being written after %.0f s and is given up", ABANDON_S)
         except CheckpointError as error:
-            logger.warning("the checkpoint that was being written failed too: %s", error)
+            logger.warning("no checkpoint came of it: %s", error)
 
     def finish(self) -> None:
         """Checkpoint what is not yet durable, and let the other ranks go. Collected groups stay on the stream."""

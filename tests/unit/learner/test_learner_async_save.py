@@ -190,3 +190,5 @@ def test_a_checkpoint_does_not_move_latest_away_from_another_learners(
     with pytest.raises(CheckpointError, match=r"named step_1 .* names step_7 now: another learner writes here"):
         slow.is_durable(wait=True)
     assert not (tmp_path / "step_2").exists()
+    with pytest.raises(CheckpointError, match="another learner"):  # asking again does not make it durable
+        slow.is_durable()
