@@ -18,7 +18,7 @@ MIN_FREE_GIB = 5.0
 
 
 def diagnose_machine(config: Config | None) -> list[Finding]:
-    """Versions, devices, the stream's server, the sandbox, disk; with a config also its model, template and tools."""
+    """Versions, devices, the stream's server, the sandbox, disk; with a config also its learner's settings, tasks, template and reward."""
     checks: list[tuple[str, Callable[[], Finding]]] = [
         ("python", _python),
         ("torch", _torch),
@@ -28,6 +28,7 @@ def diagnose_machine(config: Config | None) -> list[Finding]:
     ]
     if config is not None:
         checks += [
+            ("learner", lambda: _learner(config)),
             ("tasks", lambda: _tasks(config)),
             ("template", lambda: _template(config)),
             ("reward", lambda: _reward(config)),
@@ -113,6 +114,16 @@ def _disk(folder: Path) -> Finding:
     level: Level = "ok" if free >= MIN_FREE_GIB else "warn"
     return Finding(
         "disk", level, f"{free:.1f} GiB free at {existing}", "" if level == "ok" else "checkpoints and weights may not fit"
+    )
+
+
+def _learner(config: Config) -> Finding:
+    from agentrl.assembly.learn import check_learning
+
+    check_learning(config)
+    learn = config.learn
+    return Finding(
+        "learner", "ok", f"{learn.advantage} and {learn.loss} on {learn.ranks} rank(s) are settings that work together"
     )
 
 

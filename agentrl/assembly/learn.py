@@ -11,6 +11,7 @@ from functools import partial
 from types import FrameType
 
 from agentrl.algorithms.losses import POLICY_LOSSES, policy_loss_parameters
+from agentrl.assembly.best import check_best, keep_best
 from agentrl.assembly.parts import (
     LEARNER_DTYPE,
     build_toolbox,
@@ -32,6 +33,7 @@ from agentrl.learner.loop import run_learning
 from agentrl.learner.lora import LoraSettings
 from agentrl.learner.lost_ranks import explaining_lost_ranks
 from agentrl.learner.optim import OptimizerSettings
+from agentrl.learner.sequence_parallel import group_ranks
 from agentrl.learner.settings import (
     BASELINE_ADVANTAGES,
     GROUPLESS_ADVANTAGES,
@@ -103,7 +105,7 @@ def learn_as_rank(config: Config, directory: RunDir, *, should_stop: Callable[[]
         RankLost: another rank died or did not come within ``learn.rank_timeout_s``.
         StalledError: learning ended before ``learn.steps`` although nobody asked for it.
     """
-    team = start_team(timeout_s=config.learn.rank_timeout_s)
+    team = start_team(timeout_s=config.learn.rank_timeout_s, sequence_parallel=config.learn.sequence_parallel)
     with ExitStack() as stack:
         stack.callback(stop_team)
         stack.enter_context(explaining_lost_ranks(team, timeout_s=config.learn.rank_timeout_s))
@@ -111,8 +113,11 @@ def learn_as_rank(config: Config, directory: RunDir, *, should_stop: Callable[[]
         if team.is_main:
             status = stack.enter_context(LearnStatus(directory, watchdog=Watchdog(directory, config)))
         learner = build_learner(config, team=team)
-        on_stage = None if status is None else lambda _: status.does("checkpoint")
-        checkpoints = Checkpoints(directory.checkpoints, keep=config.learn.keep, on_stage=on_stage)
+        # A save in the background is nothing that the loop does.
+        on_stage = None if status is None or config.learn.async_save else lambda _: status.does("checkpoint")
+        checkpoints = Checkpoints(
+            directory.checkpoints, keep=config.learn.keep, best=keep_best(config, directory), on_stage=on_stage
+        )
         publisher = WeightPublisher(directory.weights)
         batches = BatchBuilder(
             groups_per_step=config.learn.groups,
@@ -126,7 +131,7 @@ def learn_as_rank(config: Config, directory: RunDir, *, should_stop: Callable[[]
         loop = partial(
             run_learning, batches=batches, learner=learner, checkpoints=checkpoints, publisher=publisher,
             num_steps=config.learn.steps, save_every=config.learn.save_every, ack_at=config.queue.ack_at,
-            prefetch=config.learn.prefetch, should_stop=should_stop, stall_timeout_s=config.learn.stall_timeout_s, resume=config.learn.resume,
+            prefetch=config.learn.prefetch, async_save=config.learn.async_save, should_stop=should_stop, stall_timeout_s=config.learn.stall_timeout_s, resume=config.learn.resume,
         )  # fmt: skip
         if status is None:
             loop(None, announce=lambda record, consumed: None)
@@ -147,13 +152,16 @@ def learn_as_rank(config: Config, directory: RunDir, *, should_stop: Callable[[]
 
 
 def check_learning(config: Config) -> None:
-    """Refuse unknown estimators, losses, rules and parameters, and options out of range, before anything is started.
+    """Refuse unknown estimators, losses, rules, metrics and parameters, and options out of range, before anything is started.
 
     Raises:
         ConfigError: naming the nearest known name.
     """
     critic = critic_settings(config)
     check_settings(loss_settings(config), temperature=config.serve.temperature, has_critic=critic is not None)
+    check_best(config)
+    if "RANK" not in os.environ:  # a launcher of ranks may start more than this machine's
+        group_ranks(config.learn.ranks, config.learn.sequence_parallel)
     if config.learn.advantage in GROUPLESS_ADVANTAGES and config.learn.zero_spread != "keep":
         log.warning(
             "learn.zero_spread=%s drops groups whose rewards are all equal, from which learn.advantage=%s would learn: set it to keep",
@@ -185,6 +193,7 @@ def build_learner(config: Config, *, team: Team) -> Learner:
         chunk_size=learn.logit_chunk,
         gradient_checkpointing=learn.gradient_checkpointing,
         offload=learn.offload,
+        compiled=learn.compile,
         grad_sync=learn.grad_sync,
     )
 

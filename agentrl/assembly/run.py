@@ -121,8 +121,11 @@ def run(config: Config, arguments: Sequence[str], *, tick: Callable[[RunDir], No
     Raises:
         RunFailed: a child kept dying; the message holds the end of its log.
         RunInterrupted: SIGINT or SIGTERM came first; the children were drained.
-        ConfigError: the run is already active.
+        ConfigError: the run is already active, or its learner cannot work as configured.
     """
+    from agentrl.assembly.learn import check_learning  # brings torch, which nothing else here needs
+
+    check_learning(config)
     directory = run_dir_of(config).create()
     refuse_if_active(directory, ("run", "serve", "learn"))
     directory.config.write_text(dump_config(config))

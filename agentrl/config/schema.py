@@ -265,6 +265,16 @@ class LoraConfig(Section):
     """Linear layers by name, such as ``q_proj``; empty: all but the LM head."""
 
 
+class KeepBestConfig(Section):
+    """Which checkpoint the link ``best`` names; the rotation never removes that one."""
+
+    metric: str
+    """A step metric such as ``reward/mean``, as the mean over the steps since the checkpoint before; or ``eval/success`` or
+    ``eval/reward_mean``, what ``agentrl eval`` wrote about the checkpoint by the time of the next save."""
+    mode: Literal["max", "min"] = "max"
+    """Whether the highest or the lowest is best."""
+
+
 class LearnConfig(Section):
     """Turns trajectories into new weights."""
 
@@ -283,6 +293,9 @@ class LearnConfig(Section):
     """Times that ``launcher=ray`` starts failed ranks again."""
     rank_timeout_s: PositiveFloat = 1800.0
     """How long a rank waits for the others in one exchange before it gives up; above the longest checkpoint and step."""
+    sequence_parallel: PositiveInt = 1
+    """Ranks that share the tokens of each row, so that ``micro_tokens`` may exceed what one of them can hold; divides ``ranks`` and the
+    model's attention heads. The other factor of ``ranks`` works on rows of its own."""
     threads: PositiveInt = 1
     """OpenMP threads per rank."""
     max_staleness: NonNegativeInt = 4
@@ -349,13 +362,15 @@ class LearnConfig(Section):
     grad_clip: PositiveFloat = 1.0
     """Gradient norm bound."""
     micro_tokens: PositiveInt = 8192
-    """Tokens per forward pass; the only memory knob most runs need."""
+    """Tokens per forward pass; the only memory knob most runs need. With ``sequence_parallel`` each rank of a group holds its share."""
     logit_chunk: PositiveInt = 1024
     """Tokens whose logits over the vocabulary exist at a time."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: about a third more time, far less memory."""
     offload: bool = False
     """Keep shards, gradients and optimizer state in host memory; slow, for models that do not fit."""
+    compile: bool = False
+    """``torch.compile`` the decoder layers: a slow first step, faster ones after it; needs a C++ compiler, on CUDA triton."""
     grad_sync: Literal["last", "each"] = "last"
     """Add gradients up over ranks once per update, or after each micro-batch, which keeps shards only."""
     prefetch: bool = True
@@ -364,6 +379,10 @@ class LearnConfig(Section):
     """Steps between checkpoints."""
     keep: Annotated[int, Field(ge=2)] = 2
     """Checkpoints kept."""
+    keep_best: KeepBestConfig | None = None
+    """One more checkpoint to keep, the best so far; none by default."""
+    async_save: bool = False
+    """Train on while a checkpoint is written, from a copy in host memory. Entries are still acknowledged behind it, only later."""
     resume: str = "auto"
     """``auto`` continues from the newest checkpoint, ``disable`` starts anew, anything else is a checkpoint's path."""
     stall_timeout_s: PositiveFloat = 1800.0

@@ -1,11 +1,15 @@
 """Checkpoints: written new, synced, renamed; then `latest` moves. Killed at any moment, a loadable `latest` remains.
 
+`Checkpoints.save` returns when that is done. `Checkpoints.begin` takes a copy and leaves the writing to a thread: training goes on, and
+whoever acknowledges by the checkpoint asks `Checkpoints.is_durable` first.
+
 ``checkpoints/step_N/`` holds, besides a plain Hugging Face directory at its root:
 
 * ``dcp/``: sharded weights and optimizer (torch DCP), loadable on any number of ranks;
 * ``trained_ids.jsonl``: one line per trajectory whose effect these weights contain, since the start of the run;
 * ``ledger.jsonl``: the outcome of everything consumed, also what was filtered, stale or failed;
-* ``state.json``: version, counters, random state, the loop's own state, and the size of every file (the torn-write check).
+* ``state.json``: version, counters, random state, the loop's own state, its score where the best is kept, and the size of every
+  file (the torn-write check).
 """
 
 import base64
@@ -20,11 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from agentrl.errors import CheckpointError
+from agentrl.learner.background import BackgroundTask
+from agentrl.learner.best import KeepBest, best_of
 from agentrl.learner.distributed import Team
 from agentrl.learner.durable import point_link, replace_directory, sync_tree
 from agentrl.learner.learner import Learner
@@ -37,6 +45,7 @@ STATE_FILE = "state.json"
 TRAINED_FILE = "trained_ids.jsonl"
 LEDGER_FILE = "ledger.jsonl"
 LATEST = "latest"
+BEST = "best"
 _STATE_FIELDS: dict[str, type] = {
     "step": int, "policy_version": int, "num_updates": int, "num_skipped_updates": int, "rng": str, "state": dict, "files": dict,
 }  # fmt: skip
@@ -66,22 +75,43 @@ class LoadedCheckpoint:
     """Trajectory id -> outcome, of everything consumed up to this checkpoint."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """One checkpoint to be written, with everything that later steps would change."""
+
+    temporary: Path
+    final: Path
+    record: dict[str, Any]
+    consumed: Sequence[Consumed]
+    follows: str | None
+    """What ``latest`` named before."""
+
+
 class Checkpoints:
-    """The checkpoints of one run.
+    """The checkpoints of one run. Make it on every rank.
 
     Args:
         directory: created when the first one is saved.
-        keep: complete checkpoints kept; the one that ``latest`` names is never removed.
-        on_stage: called with the name of each stage before it starts; for progress, and for tests that kill the process there.
+        keep: complete checkpoints kept; those that ``latest`` and ``best`` name are never removed.
+        best: what makes a checkpoint the best one, which the link ``best`` then names; None keeps none.
+        on_stage: called with the name of each stage before it starts, for `begin` in its thread; for progress, and for tests that
+            kill the process there.
     """
 
-    def __init__(self, directory: str | Path, *, keep: int = 2, on_stage: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, directory: str | Path, *, keep: int = 2, best: KeepBest | None = None, on_stage: Callable[[str], None] | None = None
+    ) -> None:
         if keep < 2:
             raise ValueError(f"keep={keep} checkpoints is too few: a damaged newest one would leave nothing. Use 2 or more.")
         self.directory = Path(directory).absolute()
         self._keep = keep
+        self._best = best
         self._on_stage = on_stage or _ignore
         self._parent: Path | None = None
+        self._scores: list[float] = []
+        self._writing: tuple[BackgroundTask, Path] | None = None
+        self._writers: Any = None
+        self._stager: DefaultStager | None = None
 
     def save(
         self,
@@ -103,6 +133,90 @@ class Checkpoints:
         Raises:
             CheckpointError: the directory cannot be written.
         """
+        self.is_durable(wait=True)
+        job = self._prepare(learner, step=step, state=state, consumed=consumed)
+        self._on_stage("shards")
+        dcp.save(_sharded_state(learner), checkpoint_id=job.temporary / "dcp")
+        self._export(learner, job, weights_from)
+        if learner.team.is_main:
+            self._finish(job)
+        self._parent = job.final
+        learner.team.barrier()
+        return job.final
+
+    def begin(
+        self,
+        learner: Learner,
+        *,
+        step: int,
+        state: Mapping[str, Any],
+        consumed: Iterable[Consumed] = (),
+        weights_from: str | Path | None = None,
+    ) -> Path:
+        """As `save`, but the writing goes on in a thread when it returns; a collective. One at a time: it waits for the last one.
+
+        Weights and moments are copied to host memory first, so the next step may change them. Nothing may be acknowledged by this
+        checkpoint before `is_durable` says so.
+        """
+        self.is_durable(wait=True)
+        if self._writers is None and learner.team.world_size > 1:
+            # The writing thread's collectives must not meet those of the training: it has a group of its own.
+            self._writers = dist.new_group(backend="gloo")
+        if self._stager is None:
+            self._stager = DefaultStager(
+                StagingOptions(
+                    use_pinned_memory=learner.team.device.type == "cuda", use_shared_memory=False, use_async_staging=False,
+                    use_non_blocking_copy=False,
+                )
+            )  # fmt: skip
+        job = self._prepare(learner, step=step, state=state, consumed=consumed)
+        staged: Any = self._stager.stage(_sharded_state(learner))
+        self._export(learner, job, weights_from)
+        is_main = learner.team.is_main
+
+        def write() -> None:
+            self._on_stage("shards")
+            # Behind this call every rank's shards are written: it ends with a collective of the writing threads.
+            dcp.save(staged, checkpoint_id=job.temporary / "dcp", process_group=self._writers)
+            if is_main:
+                self._finish(job)
+
+        self._writing = BackgroundTask(write, name="checkpoint"), job.final
+        return job.final
+
+    def is_durable(self, *, wait: bool = False, timeout_s: float | None = None) -> bool:
+        """Whether everything that `begin` started is on disk and ``latest`` names it; on rank 0, that means all ranks' parts.
+
+        Args:
+            wait: until it is.
+            timeout_s: of the waiting; None waits as long as it takes.
+
+        Raises:
+            CheckpointError: it could not be written; nothing was renamed, unless only the clearing up failed.
+        """
+        if self._writing is None:
+            return True
+        task, final = self._writing
+        if wait:
+            task.wait(timeout_s)
+        if not task.is_done:
+            return False
+        if task.error is not None:  # now and whenever asked again: nobody may take a later call for the success of this one
+            raise CheckpointError(
+                f"checkpoint {final} could not be written: {type(task.error).__name__}: {task.error}. Nothing that it contains was "
+                f"acknowledged. Check space and rights."
+            ) from task.error
+        self._writing = None
+        self._parent = final
+        return True
+
+    def note(self, metrics: Mapping[str, float]) -> None:
+        """Tell of a step's metrics: the mean of those since the last save is the next checkpoint's score."""
+        if self._best is not None and self._best.metric in metrics:
+            self._scores.append(float(metrics[self._best.metric]))
+
+    def _prepare(self, learner: Learner, *, step: int, state: Mapping[str, Any], consumed: Iterable[Consumed]) -> _Job:
+        """An empty directory to write into, and all that belongs to this moment; a collective."""
         team = learner.team
         final, temporary = self.directory / f"step_{step}", self.directory / f".step_{step}.tmp"
         if team.is_main:
@@ -116,18 +230,27 @@ class Checkpoints:
                     f"cannot write checkpoints under {self.directory}: {error}. Check space and rights."
                 ) from error
         team.barrier()
-        self._on_stage("shards")
-        dcp.save(_sharded_state(learner), checkpoint_id=temporary / "dcp")
+        record: dict[str, Any] = {
+            "schema": SCHEMA,
+            "step": step,
+            **learner.counters(),
+            "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
+            "parent": self._parent.name if self._parent is not None else None,
+            "state": dict(state),
+        }
+        if self._best is not None:
+            record["score"] = self._best.score(self._scores)
+            self._scores = []
+        return _Job(
+            temporary=temporary, final=final, record=record, consumed=list(consumed), follows=_target(self.directory / LATEST)
+        )
+
+    def _export(self, learner: Learner, job: _Job, weights_from: str | Path | None) -> None:
         self._on_stage("weights")
         if weights_from is None:
-            learner.export(temporary)
-        elif team.is_main:
-            link_tree(Path(weights_from), temporary)
-        if team.is_main:
-            self._finish(learner, temporary, final, step=step, state=state, consumed=list(consumed))
-        self._parent = final
-        team.barrier()
-        return final
+            learner.export(job.temporary)
+        elif learner.team.is_main:
+            link_tree(Path(weights_from), job.temporary)
 
     def load(self, learner: Learner, which: str | Path = "auto") -> LoadedCheckpoint | None:
         """Restore weights, optimizer, version, counters and random state; a collective.
@@ -181,40 +304,36 @@ class Checkpoints:
             point_link(self.directory / LATEST, path.name)
         return path
 
-    def _finish(
-        self, learner: Learner, temporary: Path, final: Path, *, step: int, state: Mapping[str, Any], consumed: Sequence[Consumed]
-    ) -> None:
+    def _finish(self, job: _Job) -> None:
+        """Everything behind the shards, on rank 0: durable when it returns."""
         self._on_stage("records")
-        parent = self._parent
+        parent, temporary, final = self._parent, job.temporary, job.final
         self._extend(parent, temporary, TRAINED_FILE, [
-            {"step": c.step, "id": c.id, "digest": c.digest} for c in consumed if c.outcome == "trained"
+            {"step": c.step, "id": c.id, "digest": c.digest} for c in job.consumed if c.outcome == "trained"
         ])  # fmt: skip
         self._extend(parent, temporary, LEDGER_FILE, [
-            {"step": c.step, "id": c.id, "outcome": c.outcome} for c in consumed
+            {"step": c.step, "id": c.id, "outcome": c.outcome} for c in job.consumed
         ])  # fmt: skip
         self._on_stage("state")
         files = {str(f.relative_to(temporary)): f.stat().st_size for f in sorted(temporary.rglob("*")) if f.is_file()}
-        record = {
-            "schema": SCHEMA,
-            "step": step,
-            **learner.counters(),
-            "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
-            "parent": parent.name if parent is not None else None,
-            "state": dict(state),
-            "files": files,
-        }
-        (temporary / STATE_FILE).write_text(json.dumps(record))
+        (temporary / STATE_FILE).write_text(json.dumps(job.record | {"files": files}))
         self._on_stage("sync")
         sync_tree(temporary)
         if parent == final:
             raise CheckpointError(f"{final} is the checkpoint this run continues; it cannot be written again.")
+        if (named := _target(self.directory / LATEST)) != job.follows:
+            raise CheckpointError(
+                f"{LATEST} under {self.directory} named {job.follows} when step {job.record['step']} was taken and names {named} now: "
+                f"another learner writes here. This one stops; run one learner per run directory."
+            )
         self._on_stage("rename")
         # A directory of that name belongs to an abandoned lineage, since this one reaches the step only now.
         replace_directory(temporary, final)
         self._on_stage("latest")
         point_link(self.directory / LATEST, final.name)
+        best = self._name_best()
         self._on_stage("prune")
-        self._prune(final)
+        self._prune(final, best)
         logger.info("checkpoint saved path=%s", final)
 
     def _extend(self, parent: Path | None, temporary: Path, name: str, entries: Sequence[Mapping[str, Any]]) -> None:
@@ -229,10 +348,23 @@ class Checkpoints:
         with target.open("a", encoding="utf-8") as stream:
             stream.writelines(json.dumps(entry) + "\n" for entry in entries)
 
-    def _prune(self, newest: Path) -> None:
-        """Keep the last ``keep`` complete ones of this lineage and what ``latest`` names."""
+    def _name_best(self) -> Path | None:
+        """Let ``best`` name the best of those that exist."""
+        if self._best is None:
+            return None
+        link = self.directory / BEST
+        found = best_of(sorted(_steps(self.directory), key=_step_number), self._best, read_state)
+        if found is None:
+            return None
+        if _target(link) != found.name:
+            point_link(link, found.name)
+            logger.info("best checkpoint path=%s metric=%s", found, self._best.metric)
+        return found
+
+    def _prune(self, newest: Path, best: Path | None) -> None:
+        """Keep the last ``keep`` complete ones of this lineage, what ``latest`` names, and the best."""
         steps = sorted(_steps(self.directory), key=lambda p: p.stat().st_mtime_ns)
-        kept = {newest, *steps[-self._keep :]}
+        kept = {newest, best, *steps[-self._keep :]}
         for old in steps:
             if old not in kept:
                 shutil.rmtree(old, ignore_errors=True)
@@ -361,6 +493,10 @@ def _check_names(target: Mapping[str, Any], found: Mapping[str, Any], path: Path
 
 def _steps(directory: Path) -> list[Path]:
     return [p for p in directory.glob("step_*") if _STEP.fullmatch(p.name) and p.is_dir()] if directory.is_dir() else []
+
+
+def _target(link: Path) -> str | None:
+    return os.readlink(link) if link.is_symlink() else None
 
 
 def _step_number(path: Path) -> int:

@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from agentrl.learner.compiled import compile_layers
 from agentrl.learner.distributed import Team
 from agentrl.learner.logprobs import predictor_index
-from agentrl.learner.model import disable_dropout, hidden_states, load_causal_lm, place, row_arguments, shard
+from agentrl.learner.model import disable_dropout, load_causal_lm, place, predictor_states, row_arguments, shard
 from agentrl.learner.optim import OptimizerSettings, build_optimizer
 from agentrl.learner.packing import PackedRow, pack_row
+from agentrl.learner.sequence_parallel import SequenceGroup, joined
 from agentrl.learner.settings import CriticSettings
 
 logger = logging.getLogger(__name__)
@@ -25,8 +27,9 @@ logger = logging.getLogger(__name__)
 class ValueModel(nn.Module):
     """A transformer with one number per token. (Letters: N tokens in a row, M asked for.)"""
 
-    def __init__(self, hf: Any) -> None:
+    def __init__(self, hf: Any, *, sequence: SequenceGroup | None = None) -> None:
         super().__init__()
+        self.sequence = sequence
         # Only the backbone becomes a submodule: the LM head would be dead weight in every checkpoint.
         self.base_model = hf.base_model
         self.config = hf.config
@@ -46,9 +49,11 @@ class ValueModel(nn.Module):
         max_length: int,
         value_positions: Tensor,  # [M] int64, never a sequence's first
     ) -> Tensor:  # [M] fp32
-        hidden = hidden_states(self, ids, position_ids, cu_seqlens, max_length)
+        wanted = predictor_index(value_positions, position_ids)
+        hidden, own = predictor_states(self, ids, position_ids, cu_seqlens, max_length, wanted, self.sequence)
         # A sum over the head's one column, not an index: FSDP hooks the output, which must not be a view.
-        return self.value_head(hidden[predictor_index(value_positions, position_ids)]).float().sum(dim=-1)
+        values = self.value_head(hidden).float().sum(dim=-1)
+        return values if self.sequence is None or own is None else joined(values, own, len(wanted), self.sequence)
 
 
 class Critic:
@@ -63,15 +68,18 @@ class Critic:
         dtype: Literal["fp32", "bf16"] = "fp32",
         gradient_checkpointing: bool = False,
         offload: bool = False,
+        compiled: bool = False,
     ) -> None:
         self.settings = settings
-        hf = load_causal_lm(settings.path or policy_path)
+        hf = load_causal_lm(settings.path or policy_path, sequence=team.sequence)
         if gradient_checkpointing:
             hf.activation_checkpointing_enable({"use_reentrant": False})
         disable_dropout(hf)
-        self.model = ValueModel(hf)
+        self.model = ValueModel(hf, sequence=team.sequence)
         place(self.model, team, offload=offload)
         self.model.train()
+        if compiled:
+            compile_layers(self.model.layers, team.device)
         shard(self.model, self.model.layers, team, dtype=dtype, offload=offload)
         self.optimizer_settings: OptimizerSettings = settings.optimizer
         self.optimizer = build_optimizer(self.model, settings.optimizer)

@@ -16,21 +16,43 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 from agentrl.errors import ConfigError
+from agentrl.learner.sequence_parallel import SequenceGroup, group_ranks
 
 
 @dataclass(frozen=True, slots=True)
 class Team:
-    """This process's place among the learner's ranks."""
+    """This process's place among the learner's ranks.
+
+    Weights are sharded over all ranks. Rows are dealt out to sequence groups: without sequence parallelism each rank is one.
+    """
 
     rank: int
     world_size: int
     device: torch.device
+    sequence: SequenceGroup | None = None
+    """The neighbouring ranks that share this rank's rows; None when it has its rows for itself."""
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def num_row_groups(self) -> int:
+        """Sequence groups: how many rows are computed at a time."""
+        return self.world_size // (self.sequence.size if self.sequence is not None else 1)
+
+    @property
+    def row_group(self) -> int:
+        """This rank's sequence group."""
+        return self.rank // (self.sequence.size if self.sequence is not None else 1)
+
+    @property
+    def speaks_for_rows(self) -> bool:
+        """Whether this rank's numbers enter sums over ranks: one rank of each sequence group has them counted."""
+        return self.sequence is None or self.sequence.rank == 0
 
     def broadcast_bytes(self, data: bytes | None) -> bytes:
         """Rank 0's bytes on every rank; the others pass None."""
@@ -87,15 +109,16 @@ class Team:
             dist.all_reduce(torch.zeros(1))
 
 
-def start_team(*, device: str = "auto", timeout_s: float = 1800.0) -> Team:
+def start_team(*, device: str = "auto", timeout_s: float = 1800.0, sequence_parallel: int = 1) -> Team:
     """Join the ranks that torchrun started; without torchrun, a team of one.
 
     Args:
         device: ``auto | cpu | cuda``; auto takes CUDA where there is one.
         timeout_s: after which a collective that some rank never joined fails.
+        sequence_parallel: ranks that share each row's tokens; divides the number of ranks.
 
     Raises:
-        ConfigError: ``cuda`` was asked for and there is none.
+        ConfigError: ``cuda`` was asked for and there is none, or the ranks cannot be grouped.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"device={device!r} is not known: use auto, cpu or cuda")
@@ -113,7 +136,19 @@ def start_team(*, device: str = "auto", timeout_s: float = 1800.0) -> Team:
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    return Team(rank=dist.get_rank(), world_size=dist.get_world_size(), device=place)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    return Team(
+        rank=rank, world_size=world_size, device=place, sequence=_sequence_group(place.type, world_size, sequence_parallel)
+    )
+
+
+def _sequence_group(device_type: str, world_size: int, size: int) -> SequenceGroup | None:
+    num_groups = group_ranks(world_size, size)
+    if size == 1:
+        return None
+    # Neighbours share rows: they are the ones with the fastest links, and exchange twice per layer.
+    mesh = init_device_mesh(device_type, (num_groups, size), mesh_dim_names=("rows", "sequence"))
+    return SequenceGroup(group=mesh.get_group("sequence"), rank=mesh.get_local_rank("sequence"), size=size)
 
 
 def stop_team() -> None:

@@ -54,12 +54,14 @@ class Learner:
         loss: what is minimised.
         critic: the value model; only with ``advantage="gae"``.
         lora: train adapters only; the KL's reference is then the policy without them.
-        micro_batch_tokens: most tokens in one forward pass; no trajectory segment may be longer.
+        micro_batch_tokens: most tokens in one row, which is one forward pass of one rank, or of the ranks that share its tokens; no
+            trajectory segment may be longer.
         temperature: the sampler's.
         dtype: ``bf16`` computes in bf16 over fp32 master weights and writes bf16 snapshots.
         chunk_size: tokens whose logits exist at a time.
         gradient_checkpointing: compute activations again in backward instead of keeping them.
         offload: keep shards, gradients and optimizer state in host memory.
+        compiled: ``torch.compile`` the decoder layers of all models.
         grad_sync: ``last`` adds gradients up over ranks once per update, in the last micro-batch, and keeps whole gradients until
             then; ``each`` after every micro-batch, which needs memory only for shards.
         reference_path: frozen reference for the KL; None takes ``model_path``.
@@ -84,6 +86,7 @@ class Learner:
         chunk_size: int = 1024,
         gradient_checkpointing: bool = False,
         offload: bool = False,
+        compiled: bool = False,
         grad_sync: Literal["last", "each"] = "last",
         reference_path: str | Path | None = None,
         max_nonfinite_steps: int = 3,
@@ -95,7 +98,9 @@ class Learner:
         self.dtype: Literal["fp32", "bf16"] = dtype
         self.optimizer_settings = optimizer
         self.micro_batch_tokens = micro_batch_tokens
-        options: dict[str, Any] = {"dtype": dtype, "temperature": temperature, "chunk_size": chunk_size, "offload": offload}
+        options: dict[str, Any] = {
+            "dtype": dtype, "temperature": temperature, "chunk_size": chunk_size, "offload": offload, "compiled": compiled,
+        }  # fmt: skip
         self.policy = load_policy(model_path, team, gradient_checkpointing=gradient_checkpointing, lora=lora, **options)
         tolerance = PACKING_TOLERANCE if dtype == "fp32" else PACKING_TOLERANCE_HALF
         check_packing(self.policy, team, tolerance=tolerance)
@@ -104,7 +109,7 @@ class Learner:
         self.critic = (
             Critic(
                 critic, policy_path=model_path, team=team, dtype=dtype, gradient_checkpointing=gradient_checkpointing,
-                offload=offload,
+                offload=offload, compiled=compiled,
             ) if critic is not None else None
         )  # fmt: skip
         self.optimizer = build_optimizer(self.policy, optimizer)
@@ -266,14 +271,15 @@ class Learner:
         for number, micro in enumerate(micro_batches, start=1):
             sharded.set_requires_gradient_sync(self._grad_sync == "each" or number == len(micro_batches))
             loss, parts = loss_of(micro)
-            # FSDP averages gradients over ranks; the loss is already divided by the global count, so the mean is undone.
+            # FSDP averages gradients over ranks; the loss is already divided by the global count, so the mean is undone. Ranks that
+            # share a row have the same loss, and each only its own part of the gradient.
             (loss * self.team.world_size).backward()
-            for name, value in parts.items():
+            for name, value in parts.items() if self.team.speaks_for_rows else ():
                 totals[name] += value.detach().double().cpu()
         return self._summed(totals)
 
     def _summed(self, totals: Mapping[str, Tensor]) -> dict[str, float]:
-        """Add up over ranks; a rank that had only empty rows knows no names."""
+        """Add up over ranks; a rank that had only empty rows, or does not speak for its rows, knows no names."""
         if self.team.world_size == 1:
             return {name: float(value) for name, value in totals.items()}
         names = self.team.all_names(sorted(totals))

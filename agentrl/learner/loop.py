@@ -3,6 +3,9 @@
 It waits for one thing only, groups from the stream; a rollout that finishes unblocks it, and so does ``should_stop``. Groups
 are acknowledged behind the durable checkpoint that contains their effect (I3): killed anywhere, this process leaves the
 trained set of the surviving checkpoint equal to what was acknowledged or will be, once each, when it comes back.
+
+With ``async_save`` training goes on while a checkpoint is written. Its groups are then set aside until it is durable: what is
+acknowledged is never more than what ``latest`` contains, only later.
 """
 
 import logging
@@ -10,9 +13,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from agentrl.errors import DataError, StalledError
+from agentrl.errors import CheckpointError, DataError, StalledError
 from agentrl.learner.batching import BatchBuilder, StepBatch
 from agentrl.learner.checkpoint import Checkpoints, Consumed
 from agentrl.learner.durable import writing
@@ -32,6 +36,9 @@ FIRST_WAIT_REPORT_S = 10.0
 IDLE_CHECKPOINT_S = 15.0
 """Quiet seconds after which an idle learner checkpoints what it has, due or not: a stream that is full of entries which only
 wait for that checkpoint could not bring it another group."""
+
+ABANDON_S = 30.0
+"""Seconds that a run which ends by an error leaves to a checkpoint that is still being written."""
 
 WAIT_REASON = "group"
 
@@ -73,6 +80,7 @@ def run_learning(
     resume: str = "auto",
     on_wait: Callable[[str, float], None] | None = None,
     prefetch: bool = False,
+    async_save: bool = False,
 ) -> int:
     """Learn until ``num_steps`` policy versions exist, or until asked to stop; call it on every rank.
 
@@ -89,6 +97,7 @@ def run_learning(
         resume: see `Checkpoints.load`.
         on_wait: told (``group``, quiet seconds) while waiting.
         prefetch: read the next batch's groups in a thread while this one is trained.
+        async_save: write checkpoints in a thread while the next steps are trained; needs host memory for a copy of weights and moments.
 
     Returns:
         The policy version reached.
@@ -104,6 +113,7 @@ def run_learning(
     run = _Run(
         source, batches, learner, checkpoints, publisher, announce,
         ack_at=ack_at, should_stop=should_stop or _never, stall_timeout_s=stall_timeout_s, on_wait=on_wait or _ignore_wait,
+        async_save=async_save,
     )  # fmt: skip
     run.start(resume, prefetch=prefetch)
     try:
@@ -118,13 +128,24 @@ def run_learning(
                 on_step(metrics | run.take_timings())
             if learner.policy_version % save_every == 0:
                 run.checkpoint()
+        run.stop_reading()
+        run.finish()
     except StalledError:
+        run.stop_reading()
         run.finish()
         raise
     finally:
         run.stop_reading()
-    run.finish()
+        run.abandon_save()
     return learner.policy_version
+
+
+@dataclass(frozen=True, slots=True)
+class _Awaiting:
+    """Groups that the checkpoint being written contains, to be acknowledged when it is durable."""
+
+    groups: Sequence[TrajectoryGroup]
+    outcomes: Mapping[str, str]
 
 
 class _Run:
@@ -143,11 +164,13 @@ class _Run:
         should_stop: Callable[[], bool],
         stall_timeout_s: float | None,
         on_wait: Callable[[str, float], None],
+        async_save: bool,
     ) -> None:
         self._source, self._batches, self._learner = source, batches, learner
         self._checkpoints, self._publisher, self._announce = checkpoints, publisher, announce
         self._ack_at, self._should_stop = ack_at, should_stop
         self._stall_timeout_s, self._on_wait = stall_timeout_s, on_wait
+        self._async_save = async_save
         self._run_epoch = 0
         self._consumed_groups = 0
         self._reported_useless = 0
@@ -156,6 +179,7 @@ class _Run:
         self._unsaved: list[Consumed] = []
         self._unacknowledged: list[TrajectoryGroup] = []
         self._outcomes: dict[str, str] = {}
+        self._awaiting: _Awaiting | None = None
         self._saved_version = -1
         self._record: PolicyRecord | None = None
         self._timings: dict[str, float] = {}
@@ -190,6 +214,7 @@ class _Run:
             if self._should_stop():
                 return None
             self._command("idle")
+            self.settle()
             group = (self._prefetcher or self._source).next_group(POLL_S)
             if group is not None:
                 self._take(group)
@@ -221,25 +246,30 @@ class _Run:
         self._command("step")
         with self._blaming(batch):
             metrics = self._learner.step(batch)
+        self._checkpoints.note(metrics)
         self._account(batch, was_skipped=metrics.get("update/nonfinite", 0.0) >= 1.0)
-        self._source.report_progress(self._consumed_groups)
         with self.timed("publish"):
             self._publish()
+        # Not before: admission would start groups in these places on the weights before, stale at a bound of 0.
+        self._source.report_progress(self._consumed_groups)
         if self._ack_at == "step":
             self._acknowledge()
+        self.settle()
         return metrics | {
             "agentrl/groups/consumed_total": self._consumed_groups,
             **{f"agentrl/trajectories/{cause}_total": float(n) for cause, n in sorted(self._totals.items())},
         }
 
     def checkpoint(self) -> None:
-        """Make everything learned durable, then acknowledge it."""
+        """Make everything learned durable, then acknowledge it; with ``async_save`` that is only begun here."""
         with self.timed("checkpoint"):
+            self.settle(wait=True)
             record = self._record
             is_published = record is not None and record.version == self._learner.policy_version
-            self._command("save", step=self._learner.policy_version, is_published=is_published)
+            self._command("save", step=self._learner.policy_version, is_published=is_published, in_background=self._async_save)
+            save = self._checkpoints.begin if self._async_save else self._checkpoints.save
             with writing("the checkpoint", self._checkpoints.directory):
-                self._checkpoints.save(
+                save(
                     self._learner,
                     step=self._learner.policy_version,
                     state={
@@ -250,12 +280,31 @@ class _Run:
                 )  # fmt: skip
             self._unsaved = []
             self._saved_version = self._learner.policy_version
-            self._acknowledge()
+            # Set aside first: later steps' groups must not leave the stream with these.
+            self._awaiting = _Awaiting(self._unacknowledged, self._outcomes)
+            self._unacknowledged, self._outcomes = [], {}
+            self.settle()
+
+    def settle(self, *, wait: bool = False) -> None:
+        """Acknowledge what the last checkpoint contains, once that is durable. An error of its writing is raised here."""
+        if self._checkpoints.is_durable(wait=wait) and self._awaiting is not None:
+            awaiting, self._awaiting = self._awaiting, None
+            if awaiting.groups:
+                self._source.commit(awaiting.groups, awaiting.outcomes)
+
+    def abandon_save(self) -> None:
+        """On the way out by an error: let the writing end. What it made durable is acknowledged by the next start."""
+        try:
+            if not self._checkpoints.is_durable(wait=True, timeout_s=ABANDON_S):
+                logger.warning("a checkpoint is still being written after %.0f s and is given up", ABANDON_S)
+        except CheckpointError as error:
+            logger.warning("no checkpoint came of it: %s", error)
 
     def finish(self) -> None:
         """Checkpoint what is not yet durable, and let the other ranks go. Collected groups stay on the stream."""
         if self._learner.policy_version > self._saved_version:
             self.checkpoint()
+        self.settle(wait=True)
         left = self._batches.take_collected()
         if left:
             logger.info("groups left on the stream for the next start: %d", len(left))
@@ -341,12 +390,15 @@ def _follow(learner: Learner, checkpoints: Checkpoints, publisher: WeightPublish
         match command["do"]:
             case "step":
                 learner.step(None)
+                checkpoints.is_durable()  # raises what this rank's writing thread met
             case "publish":
                 publisher.publish(learner, run_epoch=command["run_epoch"])
             case "save":
                 linked = publisher.directory if command["is_published"] else None
-                checkpoints.save(learner, step=command["step"], state={}, weights_from=linked)
+                save = checkpoints.begin if command["in_background"] else checkpoints.save
+                save(learner, step=command["step"], state={}, weights_from=linked)
             case "stop":
+                checkpoints.is_durable(wait=True)
                 return learner.policy_version
             case _:
                 pass

@@ -21,10 +21,12 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 
 from agentrl.errors import ConfigError
 from agentrl.learner.attention import PACKED
+from agentrl.learner.compiled import compile_layers
 from agentrl.learner.distributed import Team
 from agentrl.learner.logprobs import predictor_index, token_logprobs, token_squares
 from agentrl.learner.lora import LoraSettings, add_adapters, merge_adapters, write_adapters
 from agentrl.learner.packing import PackedRow, pack_row
+from agentrl.learner.sequence_parallel import SequenceGroup, check_heads, cut, joined
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +48,18 @@ STATIC_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json",
 class PolicyModel(nn.Module):
     """A causal LM that answers one question: how likely were these tokens? (Letters: N tokens in a row, M asked for.)"""
 
-    def __init__(self, hf: Any, *, temperature: float = 1.0, chunk_size: int = 1024, lora: LoraSettings | None = None) -> None:
+    def __init__(
+        self,
+        hf: Any,
+        *,
+        temperature: float = 1.0,
+        chunk_size: int = 1024,
+        lora: LoraSettings | None = None,
+        sequence: SequenceGroup | None = None,
+    ) -> None:
         super().__init__()
         self.hf = hf
+        self.sequence = sequence
         self.temperature = temperature
         self.chunk_size = chunk_size
         self.lora = lora
@@ -67,21 +78,49 @@ class PolicyModel(nn.Module):
         loss_positions: Tensor,  # [M] int64, tokens whose logprob is wanted; never a sequence's first
         also: Literal["entropy", "squares"] | None = "entropy",
     ) -> tuple[Tensor, Tensor]:  # [M] fp32 logprobs; [M] fp32 entropies, or sums of squared probabilities, or zeros
-        hidden = hidden_states(self.hf, ids, position_ids, cu_seqlens, max_length)
-        found = (
-            hidden[predictor_index(loss_positions, position_ids)],
-            self.hf.get_output_embeddings().weight,
-            ids[loss_positions],
+        wanted = predictor_index(loss_positions, position_ids)
+        hidden, own = predictor_states(self.hf, ids, position_ids, cu_seqlens, max_length, wanted, self.sequence)
+        targets = ids[loss_positions]
+        if own is not None:
+            targets = targets[own]
+        found = hidden, self.hf.get_output_embeddings().weight, targets
+        options: dict[str, Any] = {"temperature": self.temperature, "chunk_size": self.chunk_size}
+        logprobs, others = (
+            token_squares(*found, **options)
+            if also == "squares"
+            else token_logprobs(*found, **options, with_entropy=also == "entropy")
         )
-        if also == "squares":
-            return token_squares(*found, temperature=self.temperature, chunk_size=self.chunk_size)
-        return token_logprobs(*found, temperature=self.temperature, chunk_size=self.chunk_size, with_entropy=also == "entropy")
+        if self.sequence is None or own is None:
+            return logprobs, others
+        return joined(logprobs, own, len(wanted), self.sequence), joined(others, own, len(wanted), self.sequence)
 
 
-def hidden_states(hf: Any, ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_length: int) -> Tensor:
-    """[N, H] of a packed row, before the head."""
+def predictor_states(
+    hf: Any,
+    ids: Tensor,  # [N] int64
+    position_ids: Tensor,  # [N] int64
+    cu_seqlens: Tensor,
+    max_length: int,
+    wanted: Tensor,  # [M] int64 places in the row
+    sequence: SequenceGroup | None,
+) -> tuple[Tensor, Tensor | None]:  # [m, H]; [m] int64, or None for all of them
+    """Hidden states at the wanted places of a packed row that this rank has, before the head, and which of the M they are."""
+    if sequence is None:
+        return hidden_states(hf, ids, position_ids, cu_seqlens, max_length)[wanted], None
+    stretch = cut(ids, position_ids, cu_seqlens, max_length, sequence)
+    own = stretch.holds(wanted).nonzero()[:, 0]
+    hidden = hidden_states(hf, stretch.ids, stretch.position_ids, stretch.cu_seqlens, stretch.max_length, sequence)
+    return hidden[wanted[own] - stretch.start], own
+
+
+def hidden_states(
+    hf: Any, ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_length: int, sequence: SequenceGroup | None = None
+) -> Tensor:
+    """[N, H] of a packed row, before the head; with a sequence group, of this rank's stretch of it."""
+    packed: dict[str, Any] = {}
+    if hf.config._attn_implementation == PACKED:
+        packed = {"cu_seqlens": cu_seqlens, "max_length": max_length, "sequence": sequence}
     # use_cache=False is load-bearing: with a cache transformers drops the sequence boundaries without a word.
-    packed = {"cu_seqlens": cu_seqlens, "max_length": max_length} if hf.config._attn_implementation == PACKED else {}
     return hf.base_model(input_ids=ids[None], position_ids=position_ids[None], use_cache=False, **packed).last_hidden_state[0]
 
 
@@ -96,6 +135,7 @@ def load_policy(
     trainable: bool = True,
     lora: LoraSettings | None = None,
     offload: bool = False,
+    compiled: bool = False,
 ) -> PolicyModel:
     """Load and shard a policy; ``bf16`` computes in bf16 over fp32 master weights.
 
@@ -106,11 +146,12 @@ def load_policy(
         trainable: False for a frozen reference model.
         lora: train low-rank adapters and freeze everything else.
         offload: keep shards, gradients and optimizer state in host memory (slow; for models that do not fit).
+        compiled: ``torch.compile`` the decoder layers.
 
     Raises:
-        ConfigError: the directory holds no causal LM, or one whose logits this learner would get wrong.
+        ConfigError: the directory holds no causal LM, or one whose logits this learner would get wrong; or nothing can be compiled.
     """
-    hf = load_causal_lm(path)
+    hf = load_causal_lm(path, sequence=team.sequence)
     if gradient_checkpointing:
         hf.activation_checkpointing_enable({"use_reentrant": False})
     disable_dropout(hf)
@@ -118,9 +159,11 @@ def load_policy(
         hf.requires_grad_(False)
     if lora is not None:
         add_adapters(hf, lora)
-    policy = PolicyModel(hf, temperature=temperature, chunk_size=chunk_size, lora=lora)
+    policy = PolicyModel(hf, temperature=temperature, chunk_size=chunk_size, lora=lora, sequence=team.sequence)
     place(policy, team, offload=offload)
     policy.train()  # transformers checkpoints activations only in train mode
+    if compiled:
+        compile_layers(policy.layers, team.device)
     shard(policy, policy.layers, team, dtype=dtype, offload=offload)
     return policy
 
@@ -136,7 +179,7 @@ def place(model: nn.Module, team: Team, *, offload: bool) -> None:
 
 
 def shard(model: nn.Module, layers: Any, team: Team, *, dtype: Literal["fp32", "bf16"] = "fp32", offload: bool = False) -> None:
-    """FSDP2 over all ranks: one group of parameters per decoder layer, and one for the embeddings, norm and head."""
+    """FSDP2 over all ranks, those that share rows too: one group of parameters per decoder layer, and one for the embeddings, norm and head."""
     mesh = init_device_mesh(team.device.type, (team.world_size,))
     options: dict[str, Any] = {"mesh": mesh}
     if dtype == "bf16":
@@ -280,7 +323,12 @@ def link_tree(source: Path, target: Path) -> None:
             link_or_copy(file, place)
 
 
-def load_causal_lm(path: str | Path) -> Any:
+def load_causal_lm(path: str | Path, *, sequence: SequenceGroup | None = None) -> Any:
+    """A causal LM in fp32, with packed attention where its layers allow.
+
+    Raises:
+        ConfigError: it cannot be read, or this learner would compute it wrongly.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -294,6 +342,13 @@ def load_causal_lm(path: str | Path) -> Any:
                 f"chunked logprobs leave out. Use a model without it."
             )
     attention = PACKED if _is_plain_causal(config) else "sdpa"
+    if sequence is not None:
+        if attention != PACKED:
+            raise ConfigError(
+                f"model.path={str(path)!r}: sequence_parallel={sequence.size} needs layers that attend to everything before a token, "
+                f"which those of {config.model_type} do not. Use sequence_parallel=1."
+            )
+        check_heads(config, sequence.size, path=path)
     hf: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention)
     if getattr(hf.get_output_embeddings(), "bias", None) is not None:
         raise ConfigError(f"model.path={str(path)!r}: its LM head has a bias, which the chunked logprobs leave out.")

@@ -178,11 +178,11 @@ def _accumulate(policy: PolicyModel, batch: Sequence[Example], team: Team, *, mi
     mask = np.concatenate([example.mask for example in batch])
     num_tokens = int(mask.sum())
     plan = plan_rows(
-        np.diff(offsets).tolist(), budget_tokens=micro_batch_tokens, num_ranks=team.world_size,
+        np.diff(offsets).tolist(), budget_tokens=micro_batch_tokens, num_ranks=team.num_row_groups,
         names=[f"conversation {i} of the batch" for i in range(len(batch))],
     )  # fmt: skip
     total = torch.zeros((), dtype=torch.float64)
-    for sequences in plan[team.rank]:
+    for sequences in plan[team.row_group]:
         if sequences:
             row = pack_row(offsets, sequences)
             positions = torch.from_numpy(np.flatnonzero(mask[row.token_index])).to(team.device)
@@ -192,7 +192,8 @@ def _accumulate(policy: PolicyModel, batch: Sequence[Example], team: Team, *, mi
         else:
             loss = empty_pass(policy, team)
         (loss * team.world_size).backward()
-        total += loss.detach().double().cpu()
+        if team.speaks_for_rows:
+            total += loss.detach().double().cpu()
     return float(team.sum_(total))
 
 

@@ -194,16 +194,17 @@ class Step:
         return int((of_update & self.kept.cpu().numpy()).sum())
 
     def micro_batches(self, trajectories: NDArray[np.int64]) -> list[MicroBatch]:
-        """This rank's packed rows."""
+        """This rank's packed rows, which it may share with others of its sequence group."""
         if not len(trajectories):
             return []
         items, names = self._items(trajectories)
         lengths = [int(sum(self.arrays.offsets[s + 1] - self.arrays.offsets[s] for s in item)) for item in items]
-        plan = plan_rows(lengths, budget_tokens=self._budget, num_ranks=self.team.world_size, names=names)
+        plan = plan_rows(lengths, budget_tokens=self._budget, num_ranks=self.team.num_row_groups, names=names)
         num_tokens = self.num_tokens(trajectories)
         num_sequences = int(np.isin(trajectories, self._trajectory_of_slot[self.kept.cpu().numpy()]).sum())
         return [
-            self._micro_batch([s for i in chosen for s in items[i]], num_tokens, num_sequences) for chosen in plan[self.team.rank]
+            self._micro_batch([s for i in chosen for s in items[i]], num_tokens, num_sequences)
+            for chosen in plan[self.team.row_group]
         ]
 
     # -- losses -------------------------------------------------------------------------------------------------------
@@ -217,7 +218,8 @@ class Step:
         if collect:
             if self._seen_logprobs is None:
                 self._seen_logprobs = torch.zeros_like(self.rollout_logprobs)
-            self._seen_logprobs[slots], self._seen_entropy[slots] = logprobs.detach(), entropy.detach()
+            if self.team.speaks_for_rows:
+                self._seen_logprobs[slots], self._seen_entropy[slots] = logprobs.detach(), entropy.detach()
         padded, mask = pad(logprobs), pad(self.kept[slots])
         reduction = self._reduction(micro)
         loss, metrics = policy_loss(
@@ -263,7 +265,7 @@ class Step:
     # -- what to report -----------------------------------------------------------------------------------------------
 
     def collect_over_ranks(self) -> None:
-        """Put together what the ranks saw: each token was seen on exactly one of them."""
+        """Put together what the ranks saw: each token was seen by exactly one of those that speak for their rows."""
         if self._seen_logprobs is not None:
             self._seen_logprobs = self._summed(self._seen_logprobs)
             self._seen_entropy = self._summed(self._seen_entropy)
@@ -411,7 +413,8 @@ class Step:
                     run_empty()
                     continue
                 for target, values in zip(found, run(micro), strict=True):
-                    target[micro.slots] = values
+                    if self.team.speaks_for_rows:
+                        target[micro.slots] = values
         return [self._summed(values) for values in found]
 
     def _micro_batch(self, sequences: Sequence[int], num_tokens: int, num_sequences: int) -> MicroBatch:

@@ -286,12 +286,20 @@ class TrajectoryConsumer:
     def blame(self, ids: Iterable[str]) -> None:
         """Say that training on these trajectories raised. After ``max_deliveries`` deliveries they are dead letters.
 
+        The other members of their groups are not held to account; a close id blames its whole group.
+
         Only this counts against an entry. A learner that was killed says nothing about its data, so the deliveries that
         follow a kill, a lost reply or an outage do not count.
         """
+        named = set(ids)
         with self._lock:
-            handed = [self._handed[self._group_of[i]] for i in set(ids) if i in self._group_of]
-            wanted = {row.entry.entry_id for assembled in handed for row in assembled.rows if row.entry.kind == "t"}
+            closes = {self._group_of[i] for i in named if i in self._group_of}
+            wanted = {
+                row.entry.entry_id
+                for close_id in closes
+                for row in self._handed[close_id].rows
+                if row.entry.kind == "t" and (row.entry.id in named or close_id in named)
+            }
         args = [self._epoch, self._consumer, *sorted(wanted)]
         self._retry_fenced(self._blame, [self._keys.fence, self._keys.traj], args, "blaming entries")
 

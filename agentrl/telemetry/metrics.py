@@ -126,7 +126,7 @@ CHAPTERS: Sequence[Chapter] = (
         Metric("timing_s/{share,old_log_prob,adv,update}", "Its parts: handing the batch to all ranks; frozen forward passes; advantages and corrections; forward, backward and optimizer."),
         Metric("timing_s/wait", "Seconds until the batch was complete.", "above timing_s/step: rollouts are the bottleneck"),
         Metric("timing_s/publish", "Seconds to write and announce the new weights."),
-        Metric("timing_s/checkpoint", "Seconds of the checkpoint before this step, where there was one."),
+        Metric("timing_s/checkpoint", "Seconds that training waited for the checkpoint before this step, where there was one."),
         Metric("perf/total_num_tokens", "Tokens of trained trajectories, prompts and tool output included."),
         Metric("perf/throughput", "Those tokens per second of the step and per rank."),
     )),

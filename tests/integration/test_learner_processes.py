@@ -36,7 +36,7 @@ from agentrl.learner.optim import OptimizerSettings
 from agentrl.learner.settings import CriticSettings, KLSettings, LossSettings
 from agentrl.learner.weight_publisher import WeightPublisher
 
-model_dir, run_dir, num_steps, stage, nth, everything = sys.argv[1:7]
+model_dir, run_dir, num_steps, stage, nth, mode = sys.argv[1:7]
 seen = 0
 def on_stage(name):
     global seen
@@ -49,7 +49,7 @@ def on_step(metrics):
         f.write(json.dumps(metrics) + "\\n")
 source = MemorySource([random_group(g, size=2) for g in range(int(num_steps) * 2)]) if team.is_main else None
 options = {}
-if everything == "everything":
+if mode == "everything":
     # A critic, adapters whose absence is the reference, a steered KL, recomputed anchors; rows too few for two ranks.
     loss = LossSettings(
         advantage="gae", old_logprobs="recompute", is_level="token", is_batch_normalize=True,
@@ -61,6 +61,7 @@ run_learning(
     source, BatchBuilder(groups_per_step=2, max_staleness=100), learner,
     Checkpoints(Path(run_dir) / "checkpoints", on_stage=on_stage), WeightPublisher(Path(run_dir) / "weights"),
     lambda record, consumed: None, num_steps=int(num_steps), save_every=2, on_step=on_step, stall_timeout_s=20,
+    async_save=mode == "async",
 )
 stop_team()
 '''
@@ -79,7 +80,7 @@ def learn(
     stage: str = "-",
     nth: int = 0,
     ranks: int = 1,
-    everything: bool = False,
+    mode: str = "plain",
 ) -> subprocess.CompletedProcess[str]:
     run_dir.mkdir(exist_ok=True)
     script = run_dir / "learn.py"
@@ -88,7 +89,7 @@ def learn(
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command = [*launcher, str(script), str(model_dir), str(run_dir), str(num_steps), stage, str(nth)]
-    command.append("everything" if everything else "plain")
+    command.append(mode)
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=110, check=False)
 
 
@@ -102,9 +103,18 @@ def trained_ids(run_dir: Path) -> list[str]:
     return [json.loads(line)["id"] for line in lines]
 
 
-def test_a_learner_killed_in_the_middle_of_saving_comes_back_as_if_it_had_not_been(model_dir: Path, tmp_path: Path) -> None:
-    calm, killed = tmp_path / "calm", tmp_path / "killed"
-    assert learn(model_dir, calm, num_steps=6).returncode == 0
+@pytest.fixture(scope="module")
+def calm(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six steps without a kill."""
+    directory = tmp_path_factory.mktemp("runs") / "calm"
+    assert learn(model_dir, directory, num_steps=6).returncode == 0
+    return directory
+
+
+def test_a_learner_killed_in_the_middle_of_saving_comes_back_as_if_it_had_not_been(
+    model_dir: Path, calm: Path, tmp_path: Path
+) -> None:
+    killed = tmp_path / "killed"
     for stage, nth in (("rename", 2), ("prune", 1)):
         dead = learn(model_dir, killed, num_steps=6, stage=stage, nth=nth)
         assert dead.returncode == -signal.SIGKILL, dead.stderr[-2000:]
@@ -119,36 +129,51 @@ def test_a_learner_killed_in_the_middle_of_saving_comes_back_as_if_it_had_not_be
     assert sorted(trained_ids(killed)) == sorted(trained_ids(calm))
 
 
-def test_two_ranks_learn_what_one_learns_and_one_can_continue_their_checkpoint(model_dir: Path, tmp_path: Path) -> None:
+def test_a_learner_killed_while_a_checkpoint_is_written_behind_its_back_comes_back_as_if_it_had_not_been(
+    model_dir: Path, calm: Path, tmp_path: Path
+) -> None:
+    killed = tmp_path / "killed"
+    for stage, nth in (("shards", 2), ("latest", 1)):  # in the thread, while the main one trains or waits
+        dead = learn(model_dir, killed, num_steps=6, stage=stage, nth=nth, mode="async")
+        assert dead.returncode == -signal.SIGKILL, dead.stderr[-2000:]
+    done = learn(model_dir, killed, num_steps=6, ranks=2, mode="async")  # two ranks' threads write together
+    assert done.returncode == 0, done.stderr[-2000:]
+    expected, found = metrics_by_step(calm), metrics_by_step(killed)
+    for step in (1, 2, 3, 4, 5, 6):
+        assert found[step]["actor/pg_loss"] == pytest.approx(expected[step]["actor/pg_loss"], abs=1e-5)
+    assert sorted(trained_ids(killed)) == sorted(trained_ids(calm))
+
+
+def test_two_ranks_learn_what_one_learns_and_three_and_one_can_continue_their_checkpoint(
+    model_dir: Path, calm: Path, tmp_path: Path
+) -> None:
     from safetensors.torch import load_file
 
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert learn(model_dir, one, num_steps=4).returncode == 0
-    done = learn(model_dir, two, num_steps=2, ranks=2)
-    assert done.returncode == 0, done.stderr[-3000:]
-    done = learn(model_dir, two, num_steps=4)  # on one rank, from the two ranks' checkpoint
-    assert done.returncode == 0, done.stderr[-3000:]
-    expected, found = metrics_by_step(one), metrics_by_step(two)
-    for step in (1, 2, 3, 4):
+    two = tmp_path / "two"
+    for num_steps, ranks in ((2, 2), (3, 3), (6, 1)):  # each from the checkpoint of the ranks before
+        done = learn(model_dir, two, num_steps=num_steps, ranks=ranks)
+        assert done.returncode == 0, done.stderr[-3000:]
+    expected, found = metrics_by_step(calm), metrics_by_step(two)
+    for step in (1, 2, 3, 4, 5, 6):
         for name in ("actor/pg_loss", "actor/grad_norm", "actor/entropy", "actor/ppo_kl", "rollout_corr/k3_kl"):
             assert found[step][name] == pytest.approx(expected[step][name], abs=1e-5), (step, name)
-    weights_one = load_file(one / "checkpoints" / "latest" / "model.safetensors")
+    weights_one = load_file(calm / "checkpoints" / "latest" / "model.safetensors")
     weights_two = load_file(two / "checkpoints" / "latest" / "model.safetensors")
     assert weights_one.keys() == weights_two.keys()
     for name, value in weights_one.items():
         assert (value - weights_two[name]).abs().max() < 1e-4, name
-    assert sorted(trained_ids(one)) == sorted(trained_ids(two))
+    assert sorted(trained_ids(calm)) == sorted(trained_ids(two))
 
 
 def test_two_ranks_agree_with_one_on_critic_adapters_and_steered_kl_though_one_of_them_has_no_work(
     model_dir: Path, tmp_path: Path
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    done = learn(model_dir, one, num_steps=3, everything=True)
+    done = learn(model_dir, one, num_steps=3, mode="everything")
     assert done.returncode == 0, done.stderr[-3000:]
-    done = learn(model_dir, two, num_steps=2, ranks=2, everything=True)
+    done = learn(model_dir, two, num_steps=2, ranks=2, mode="everything")
     assert done.returncode == 0, done.stderr[-3000:]
-    done = learn(model_dir, two, num_steps=3, everything=True)  # on one rank, from the two ranks' checkpoint
+    done = learn(model_dir, two, num_steps=3, mode="everything")  # on one rank, from the two ranks' checkpoint
     assert done.returncode == 0, done.stderr[-3000:]
     expected, found = metrics_by_step(one), metrics_by_step(two)
     names = (

@@ -636,6 +636,23 @@ async def test_blamed_trajectories_become_dead_letters_at_the_third_delivery(
     assert (dict(ledger.failed), ledger.dead, ledger.closes) == ({"dead_letter": 2}, 2, True)
 
 
+async def test_blame_counts_only_the_members_it_names_unless_it_names_the_group(
+    client: redis.Redis, aclient: redis.asyncio.Redis, keys: Keys
+) -> None:
+    members = await put_group(TrajectoryProducer(aclient, keys), 0)
+    for _ in range(2):
+        consumer = started(client, keys)
+        take(consumer)
+        consumer.blame([members[0].id, "unknown"])
+    group = take(started(client, keys))
+    assert ids(group) == [m.id for m in members[1:]]
+    assert dict(group.close.failed) == {members[0].id: "dead_letter"}
+    for _ in range(2):
+        consumer = started(client, keys)
+        consumer.blame([take(consumer).close.id])
+    assert take(started(client, keys)).trajectories == ()
+
+
 async def test_kills_and_failed_reads_are_never_held_against_an_entry(
     client: redis.Redis, aclient: redis.asyncio.Redis, keys: Keys
 ) -> None:

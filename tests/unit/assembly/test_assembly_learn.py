@@ -1,15 +1,21 @@
 """The learner as the config describes it: shorthands, sections, and refusals that name the nearest valid name."""
 
+import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from agentrl.assembly.best import keep_best
+from agentrl.assembly.doctor import diagnose_machine
 from agentrl.assembly.learn import check_learning, critic_settings, lora_settings, loss_settings
+from agentrl.assembly.run import run
 from agentrl.config import Config, load_config, parse_config
 from agentrl.errors import ConfigError
 from agentrl.learner.settings import KLSettings, Overlong
+from agentrl.telemetry.run_dir import RunDir
 
 ROOT = Path(__file__).parents[3]
 
@@ -110,3 +116,59 @@ def test_a_name_or_value_that_cannot_work_is_refused_before_anything_starts(lear
 def test_sections_that_contradict_each_other_are_refused_by_the_schema(learn: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         config(learn)
+
+
+def test_a_learner_that_cannot_work_is_refused_before_a_run_starts_anything(tmp_path: Path) -> None:
+    broken = config({"loss": "ppoo"}, run={"dir": str(tmp_path), "name": "r"})
+    with pytest.raises(ConfigError, match="ppoo"):
+        run(broken, [])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_checks_the_learner_of_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for slow in ("_stream_server", "_sandbox"):
+        monkeypatch.setattr(f"agentrl.assembly.doctor.{slow}", lambda: None)
+    findings = {f.subject: f for f in diagnose_machine(config({"loss": "ppoo"}, run={"dir": str(tmp_path)})) if f}
+    assert findings["learner"].level == "fail"
+    assert "ppoo" in findings["learner"].text
+    findings = {f.subject: f for f in diagnose_machine(config(run={"dir": str(tmp_path)})) if f}
+    assert findings["learner"].level == "ok"
+
+
+def test_ranks_that_cannot_be_grouped_are_refused() -> None:
+    check_learning(config({"ranks": 4, "sequence_parallel": 2}))
+    with pytest.raises(ConfigError, match=r"sequence_parallel=3 does not divide the learner's 4 ranks: use one of \[1, 2, 4\]"):
+        check_learning(config({"ranks": 4, "sequence_parallel": 3}))
+
+
+def test_the_best_is_kept_by_metrics_that_exist() -> None:
+    for metric in ("reward/mean", "reward/correct/mean", "eval/success"):
+        check_learning(config({"keep_best": {"metric": metric}}))
+    with pytest.raises(ConfigError, match=r"learn.keep_best.metric='eval/sucess' is no metric .* Did you mean eval/success"):
+        check_learning(config({"keep_best": {"metric": "eval/sucess"}}))
+
+
+def test_an_evaluation_counts_for_the_checkpoint_it_was_made_of(tmp_path: Path) -> None:
+    directory = RunDir(tmp_path).create()
+    best = keep_best(config({"keep_best": {"metric": "eval/success", "mode": "max"}}), directory)
+    assert best is not None
+    assert best.measured is not None
+    checkpoint = directory.checkpoints / "step_2"
+    assert best.measured(checkpoint) is None
+    checkpoint.mkdir()
+    (checkpoint / "state.json").write_text("{}")
+
+    def evaluated(name: str, at_ns: int, **result: Any) -> None:
+        file = directory.evals / f"{name}.json"
+        file.write_text(json.dumps({"model": str(checkpoint), "temperature": 0.0, "success": 0.5} | result))
+        os.utime(file, ns=(at_ns, at_ns))
+
+    written = (checkpoint / "state.json").stat().st_mtime_ns
+    evaluated("another-step", written + 9, model=str(directory.checkpoints / "step_4"))
+    evaluated("sampled", written + 9, temperature=1.0)
+    evaluated("before-it-was-written-anew", written - 9)
+    (directory.evals / "torn.json").write_text("{")
+    assert best.measured(checkpoint) is None
+    evaluated("first", written + 1, success=0.25)
+    evaluated("second", written + 2, success=0.75)
+    assert best.measured(checkpoint) == 0.75
