@@ -243,12 +243,12 @@ def _dies_young(child: Child, code: int) -> bool:
 class _DiskGuard:
     """Holds restarts back while the disk is full: what starts would die again, until no restart is left."""
 
-    def __init__(self, directory: RunDir) -> None:
-        self._directory = directory
+    def __init__(self, directory: RunDir, *, free: Callable[[Path], int] = free_bytes) -> None:
+        self._directory, self._free = directory, free
         self._since: float | None = None
 
     def is_full(self) -> bool:
-        free = free_bytes(self._directory.root)
+        free = self._free(self._directory.root)
         if free < DISK_LOW_BYTES:
             if self._since is None:
                 self._since = time.monotonic()

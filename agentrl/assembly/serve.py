@@ -434,7 +434,14 @@ def _engine_spec(config: Config, directory: RunDir, model_path: str) -> Embedded
         dtype=config.model.dtype,
         max_running_requests=serve.engine_requests,
         api_key=serve.api_key or (run_secret(directory, "engine_key") if serve.engine_auth else None),
-        extra_args=["--num-blocks", str(serve.engine_blocks), "--seed", str(config.run.seed)],
+        extra_args=[
+            "--num-blocks",
+            str(serve.engine_blocks),
+            "--seed",
+            str(config.run.seed),
+            "--weights-root",
+            str(directory.root.absolute()),
+        ],
     )
 
 

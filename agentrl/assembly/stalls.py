@@ -386,6 +386,10 @@ def _serve_stall(s: Snapshot, since: float) -> Verdict:
                 f"{_count(s, reason)} rollouts wait to be scored",
                 "look at the env's score or reward.fn: it hangs",
             )
+        case "server" if engines and all(e.get("state") == "updating" for e in engines):
+            return _stall(
+                s, "weights", "an update of the engines", oldest, _fleet(engines), "see logs/serve.log for the update's error"
+            )
         case "server":
             text = f"{_count(s, 'server')} requests are out and no token came back ({_fleet(engines)})"
             return _stall(s, "engine", "tokens", oldest, text, "see logs/engine-*.log; serve.turn_timeout_s moves requests on")

@@ -51,7 +51,10 @@ class Watchdog:
             self._stage, self._next_s = verdict.stage, now + self._pause_s
             log.warning("%s", verdict.line())
             if self._on_stall is not None:
-                self._on_stall(verdict)
+                try:
+                    self._on_stall(verdict)
+                except OSError as error:  # a full disk is one of the things it has to outlive
+                    log.warning("stall could not be recorded: %s", error)
         return verdict
 
     def watch(self, stop: threading.Event) -> None:

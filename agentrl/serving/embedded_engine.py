@@ -54,6 +54,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help=f"bearer token that every route but health and metrics wants; better given as {API_KEY_VARIABLE}, which `ps` does not show",
     )
     parser.add_argument("--seed", default=None, type=int, help="of the sampler")
+    parser.add_argument(
+        "--weights-root", action="append", default=[], type=Path,
+        help="folder that weight updates may come from, besides --model-path; repeat for more, none allows any",
+    )  # fmt: skip
     parser.add_argument("--rate-limit", default=RATE_LIMIT, type=float, help="requests per second and client; 0 is none")
     parser.add_argument("--parent-pid", default=None, type=int, help="exit when this process is gone")
     parser.add_argument("--incremental-streaming-output", action="store_true", help="stream deltas, not everything so far")
@@ -112,6 +116,7 @@ def build(args: argparse.Namespace) -> tuple[Engine, FastAPI]:
         api_key=args.api_key,
         incremental_streaming=args.incremental_streaming_output,
         rate_limit=args.rate_limit or None,
+        weights_roots=[args.model_path, *args.weights_root] if args.weights_root else [],
     )
     engine.start()
     return engine, app

@@ -121,10 +121,10 @@ class RunDir:
         return next((e["url"] for e in self.processes() if e["role"] == role and e["url"]), None)
 
     def event(self, name: str, **fields: Any) -> None:
-        """Append one lifecycle event. One write of one line, so that several processes may append at once."""
+        """Append one lifecycle event; several processes may append at once."""
         line = json.dumps({"time": round(time.time(), 3), "pid": os.getpid(), "event": name, **fields}, default=str)
-        with self.events.open("a") as file:
-            file.write(line + "\n")
+        with LineFile(self.events) as file:
+            file.write(line.encode())
 
     def write_status(self, role: str, status: Mapping[str, Any]) -> None:
         """Replace the status of a process: what it does, what it waits for and since when."""
@@ -157,6 +157,46 @@ class RunDir:
         return read_json(self.processes_file) or []
 
 
+class LineFile:
+    """Appends whole lines, unbuffered. A line that a full disk cuts short is taken back; one that a killed process left torn is
+    ended by the next, so that it costs no other. Several processes may append to one file."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+
+    def __enter__(self) -> "LineFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def write(self, line: bytes) -> None:
+        """Append ``line`` and a newline.
+
+        Raises:
+            OSError: the disk refused; the file is as it was.
+        """
+        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        try:
+            size = os.fstat(self._descriptor).st_size
+            is_torn = size > 0 and os.pread(self._descriptor, 1, size - 1) != b"\n"
+            left = memoryview((b"\n" if is_torn else b"") + line + b"\n")
+            try:
+                while left:  # a nearly full disk takes a part and says so only by its number
+                    left = left[os.write(self._descriptor, left) :]
+            except OSError:
+                os.ftruncate(self._descriptor, size)
+                raise
+        finally:
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        """Safe to call twice."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
 def is_alive(entry: Mapping[str, Any]) -> bool:
     """Whether the recorded process still runs: same pid and same start time, and no zombie."""
     try:
@@ -183,13 +223,19 @@ def read_json(path: Path) -> Any:
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Objects of a JSONL file; a last line without newline (a process was killed in mid-write) is skipped."""
+    """Objects of a JSONL file; a line that a killed process left torn is skipped."""
     if not path.is_file():
         return
     with path.open() as file:
         for line in file:
             if line.endswith("\n") and line.strip():
-                yield json.loads(line)
+                try:
+                    value = json.loads(line)
+                except ValueError:
+                    if line.endswith("}\n"):
+                        raise
+                    continue  # torn, and ended by the next writer
+                yield value
 
 
 def _with_start_time(entry: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from agentrl.errors import ConfigError
-from agentrl.telemetry.run_dir import RunDir, read_jsonl
+from agentrl.telemetry.run_dir import LineFile, RunDir, read_jsonl
 
 log = logging.getLogger(__name__)
 
@@ -27,11 +27,10 @@ class FileTracker:
         abandoned = _set_aside_later_steps(run.metrics, resumed_at)
         if abandoned:
             run.event("metrics_abandoned", resumed_at=resumed_at, steps=abandoned)
-        self._file = run.metrics.open("a")
+        self._file = LineFile(run.metrics)
 
     def record(self, metrics: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(metrics, default=float) + "\n")
-        self._file.flush()
+        self._file.write(json.dumps(metrics, default=float).encode())
 
     def close(self) -> None:
         self._file.close()

@@ -12,6 +12,7 @@ import numpy as np
 import orjson
 
 from agentrl.errors import DataError
+from agentrl.telemetry.run_dir import LineFile
 from agentrl.types import Episode, Segment, Trajectory, Turn
 
 RECORD_SCHEMA = 1
@@ -22,11 +23,11 @@ class TrajectoryLog:
 
     def __init__(self, folder: Path, *, name: str = "rollouts") -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / f"{name}.jsonl").open("ab", buffering=0)
+        self._file = LineFile(folder / f"{name}.jsonl")
 
     def write(self, trajectory: Trajectory, episode: Episode | None) -> None:
-        """One unbuffered write of one line: a killed process leaves whole lines, or one torn last line."""
-        self._file.write(orjson.dumps(to_record(trajectory, episode)) + b"\n")
+        """One whole line, or an OSError and none: what is not written here must not go onto the stream."""
+        self._file.write(orjson.dumps(to_record(trajectory, episode)))
 
     def close(self) -> None:
         self._file.close()
@@ -108,7 +109,7 @@ def from_record(record: dict[str, Any]) -> Trajectory:
 
 
 def read_records(folder: Path) -> Iterator[dict[str, Any]]:
-    """Every line under ``trajectories/``; a torn last line is skipped.
+    """Every line under ``trajectories/``; a line that a killed process left torn is skipped.
 
     Raises:
         DataError: a whole line that is no trajectory, with file and line number.
@@ -121,7 +122,7 @@ def read_records(folder: Path) -> Iterator[dict[str, Any]]:
                 try:
                     record = orjson.loads(line)
                 except orjson.JSONDecodeError as error:
-                    if line.rfind(b'{"v":') > 0:  # a killed writer's torn line, completed by the next writer's
+                    if line.startswith(b'{"v":') and not line.endswith(b"}\n"):  # ended by the next writer
                         continue
                     raise DataError(f"{path}:{number} is not JSON: {error}") from error
                 if not isinstance(record, dict) or record.get("v") != RECORD_SCHEMA:

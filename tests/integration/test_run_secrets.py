@@ -1,6 +1,8 @@
 """What listens on a port wants a key, the key is not on any command line, and a body without end is refused."""
 
+import json
 import os
+import shutil
 import stat
 import subprocess
 import urllib.error
@@ -34,7 +36,10 @@ def test_a_secret_of_a_run_is_the_same_for_all_its_processes_and_only_for_its_us
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """An embedded engine as ``serve`` starts it."""
-    spec = EmbeddedEngineSpec(model_path=str(make_tiny_model(tmp_path_factory.mktemp("model"))), api_key=KEY)
+    folder = tmp_path_factory.mktemp("model")
+    model = make_tiny_model(folder / "model")
+    (folder / "run").mkdir()
+    spec = EmbeddedEngineSpec(model_path=str(model), api_key=KEY, extra_args=["--weights-root", str(folder / "run")])
     env = {**os.environ, "OMP_NUM_THREADS": "1", **spec.environment()}
     process = subprocess.Popen(spec.command("127.0.0.1", 0), stdout=subprocess.PIPE, text=True, env=env)
     assert process.stdout is not None
@@ -62,6 +67,25 @@ def test_the_engines_key_is_wanted_and_not_shown_by_ps(engine: tuple[subprocess.
     assert [status_of(url + "/model_info", key=key) for key in wrong] == [401] * len(wrong)
     assert status_of(url + "/model_info", key=KEY) == 200
     assert status_of(url + "/update_weights_from_disk", body=b"{}") == 401
+
+
+def test_weights_come_from_the_run_or_the_model_and_from_nowhere_else(
+    engine: tuple[subprocess.Popen[str], str], tmp_path: Path
+) -> None:
+    process, url = engine
+    command = psutil.Process(process.pid).cmdline()
+    root, model = Path(command[command.index("--weights-root") + 1]), Path(command[command.index("--model-path") + 1])
+    elsewhere = shutil.copytree(model, tmp_path / "elsewhere")
+    (root / "link").symlink_to(elsewhere)
+    inside = shutil.copytree(model, root / "v1")
+
+    def update(path: object) -> int:
+        body = json.dumps({"model_path": str(path), "weight_version": "e1-v1"}).encode()
+        return status_of(url + "/update_weights_from_disk", key=KEY, body=body)
+
+    for path in (elsewhere, root / ".." / "elsewhere", root / "link", f"{root}/../../..{elsewhere}", "/etc", "a\0b", ""):
+        assert update(path) == 400, path
+    assert [update(inside), update(model)] == [200, 200]
 
 
 def test_a_body_without_end_is_refused_and_the_engine_lives_on(engine: tuple[subprocess.Popen[str], str]) -> None:

@@ -1,5 +1,6 @@
 """The codec over generated entries: round trip, and no damaged entry passes for another."""
 
+import os
 import struct
 import zlib
 from dataclasses import replace
@@ -16,6 +17,7 @@ from agentrl.stream.codec import MAGIC, SCHEMA, decode, encode
 from agentrl.testing.stream_doubles import make_trajectory
 from agentrl.types import GroupClose, Segment, Trajectory, Turn, content_digest
 
+FUZZ = int(os.environ.get("AGENTRL_FUZZ", "0"))
 finite = st.floats(allow_nan=False, allow_infinity=False)
 names = st.text(min_size=1, max_size=12)
 
@@ -61,7 +63,7 @@ def plain(t: Any) -> Any:
     return [getattr(t, name) for name in Trajectory.__slots__ if name != "segments"], arrays
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=max(80, FUZZ), deadline=None)
 @given(trajectories())
 def test_every_trajectory_survives_the_round_trip(t: Trajectory) -> None:
     data = encode(t)
@@ -97,7 +99,7 @@ def test_no_truncation_or_extension_of_an_entry_is_accepted() -> None:
     _refused(data + b"\0")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=max(300, FUZZ), deadline=None)
 @given(st.binary(max_size=200))
 def test_arbitrary_bytes_never_raise_anything_but_codec_error(data: bytes) -> None:
     _refused(data)
@@ -108,7 +110,7 @@ def _refused(data: bytes) -> None:
         decode(data)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=max(300, FUZZ), deadline=None)
 @given(st.data())
 def test_damage_behind_an_honest_checksum_raises_codec_error_or_yields_a_valid_entry(data: st.DataObject) -> None:
     raw = bytearray(_raw(make_trajectory(num_tokens=9, prompt_length=2)))

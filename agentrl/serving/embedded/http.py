@@ -10,7 +10,8 @@ import hashlib
 import hmac
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -165,6 +166,7 @@ def create_app(
     api_key: str | None = None,
     incremental_streaming: bool = False,
     rate_limit: float | None = RATE_LIMIT,
+    weights_roots: Sequence[Path] = (),
 ) -> FastAPI:
     """The application.
 
@@ -179,6 +181,7 @@ def create_app(
         api_key: when given, every route but health, readiness and metrics wants ``Authorization: Bearer``.
         incremental_streaming: stream chunks carry only what is new, instead of everything so far.
         rate_limit: requests per second and client address; more get HTTP 429. None is no limit.
+        weights_roots: folders below which an update's ``model_path`` must lie, links followed; empty allows any.
     """
     app = FastAPI(title="agentrl embedded engine", openapi_url=None)
     if rate_limit is not None:
@@ -374,6 +377,11 @@ def create_app(
     @route("/update_weights_from_disk", "POST")
     async def _update_from_disk(request: Request) -> Response:
         body = await _decode(request, UpdateFromDiskBody)
+        if not await asyncio.to_thread(_is_below, body.model_path, weights_roots):
+            message = (
+                f"model_path={body.model_path!r} lies outside the folders that this engine loads weights from (--weights-root)."
+            )
+            return _json({"success": False, "message": message, "num_paused_requests": 0}, 400)
         async with updates:
             try:
                 carried_on = await engine.update(
@@ -412,6 +420,14 @@ def create_app(
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     return app
+
+
+def _is_below(path: str, roots: Sequence[Path]) -> bool:
+    try:
+        target = Path(path).resolve()
+    except (OSError, ValueError, RuntimeError):  # a null byte, a circle of links
+        return False
+    return not roots or any(target.is_relative_to(root.resolve()) for root in roots)
 
 
 def _is_authorized(request: Request, api_key: str) -> bool:

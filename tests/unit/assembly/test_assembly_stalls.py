@@ -154,3 +154,12 @@ def test_a_full_disk_is_the_cause_of_whatever_stands_still_because_of_it() -> No
     assert stage(judge(snapshot(stream=down, free_bytes=1 << 30)))[0] == "stream"
     halted = {**snapshot().processes, "redis": ProcessView(pid=5, alive=True, stopped=True)}
     assert stage(judge(snapshot(processes=halted, free_bytes=0)))[0] == "stream", "a halted process is halted by somebody"
+
+
+def test_requests_that_wait_for_an_update_wait_for_weights() -> None:
+    def updating(*states: str) -> Verdict:
+        engines = [{"url": f"http://{n}", "state": state} for n, state in enumerate(states)]
+        return judge(snapshot(serve=serve(300, waits=wait("server", 300), engines=engines)))
+
+    assert stage(updating("updating", "updating")) == ("weights", "an update of the engines")
+    assert stage(updating("updating", "ready")) == ("engine", "tokens")

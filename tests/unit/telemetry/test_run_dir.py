@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from agentrl.errors import ConfigError
-from agentrl.telemetry.run_dir import RunDir, read_jsonl
+from agentrl.telemetry.run_dir import LineFile, RunDir, read_jsonl
 from agentrl.telemetry.statistics import wilson_interval
 from agentrl.telemetry.trackers import FileTracker
 
@@ -73,3 +73,37 @@ def test_wilson_interval_matches_published_values() -> None:
     assert wilson_interval(0, 0) == (0.0, 1.0)
     low, high = wilson_interval(0, 20)  # same table: 0 to 0.1611
     assert (round(low, 4), round(high, 4)) == (0.0, 0.1611)
+
+
+def test_a_line_that_the_disk_cuts_short_is_taken_back(tmp_path: Path) -> None:
+    """A limit on the file's size refuses as a full disk does: first a part, then an error."""
+    code = """
+import resource, signal, sys
+from pathlib import Path
+from agentrl.telemetry.run_dir import LineFile
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+path = Path(sys.argv[1])
+file = LineFile(path)
+file.write(b'{"a": 1}')
+resource.setrlimit(resource.RLIMIT_FSIZE, (20, resource.RLIM_INFINITY))
+try:
+    file.write(b'{"b": "' + b"x" * 50 + b'"}')
+except OSError:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    file.write(b'{"c": 3}')
+"""
+    path = tmp_path / "lines.jsonl"
+    subprocess.run([sys.executable, "-c", code, str(path)], check=True)
+    assert path.read_bytes() == b'{"a": 1}\n{"c": 3}\n'
+
+
+def test_a_torn_line_costs_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"b": "tor')
+    assert list(read_jsonl(path)) == [{"a": 1}]
+    with LineFile(path) as file:
+        file.write(b'{"c": 3}')
+    assert list(read_jsonl(path)) == [{"a": 1}, {"c": 3}]
+    path.write_bytes(b'{"a": nonsense}\n')
+    with pytest.raises(ValueError, match="Expecting"):
+        list(read_jsonl(path))

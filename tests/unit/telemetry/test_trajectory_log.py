@@ -49,6 +49,10 @@ def test_a_torn_last_line_is_skipped_and_a_foreign_line_named(tmp_path: Path) ->
     path = tmp_path / "rollouts.jsonl"
     path.write_bytes(path.read_bytes() + b'{"v": 1, "id": "x')
     assert len(list(read_records(tmp_path))) == 1
+    log = TrajectoryLog(tmp_path)  # the restarted writer's first line is whole
+    log.write(trajectory(), None)
+    log.close()
+    assert len(list(read_records(tmp_path))) == 2
     path.write_bytes(b'{"something": "else"}\n')
     with pytest.raises(DataError, match=r"rollouts\.jsonl:1"):
         list(read_records(tmp_path))
