@@ -8,6 +8,7 @@ Waits for: the ranks (a thread sits in ``fit``); a signal, which is passed on to
 """
 
 import contextlib
+import importlib
 import logging
 import os
 import socket
@@ -170,14 +171,13 @@ def _cluster(config: Config) -> Generator[dict[str, float]]:
 
 def _ray() -> Any:
     try:
-        import ray
-        import ray.train.torch  # noqa: F401 - absent where ray was installed without [train]
+        importlib.import_module("ray.train.torch")  # absent where ray was installed without [train]
+        return importlib.import_module("ray")
     except ImportError as error:
         raise ConfigError(
             f"learn.launcher=ray needs Ray Train, which is not installed ({error}): pip install 'agentrl[ray]', or set "
             f"learn.launcher=local"
         ) from error
-    return ray
 
 
 def _stop_file(directory: RunDir) -> Path:
