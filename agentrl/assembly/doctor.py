@@ -123,7 +123,10 @@ def _template(config: Config) -> Finding:
 
     tokenizer = load_tokenizer(config)
     toolbox = build_toolbox(config, tokenizer, sandbox_url="http://127.0.0.1:9")
-    build_template(config, tokenizer, toolbox)
+    try:
+        build_template(config, tokenizer, toolbox)
+    finally:
+        asyncio.run(toolbox.aclose())
     names = ", ".join(s["function"]["name"] for s in toolbox.schemas()) or "no tools"
     return Finding("template", "ok", f"is prefix-preserving; offers {names}")
 

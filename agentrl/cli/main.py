@@ -12,6 +12,7 @@ import typer
 import yaml
 from rich.console import Console
 
+from agentrl.cli.tools import tools_app
 from agentrl.config import Config, dump_config, load_config
 from agentrl.errors import AgentRLError, ConfigError, DataError
 
@@ -27,6 +28,7 @@ data_app = typer.Typer(help="Prepare and check task files.", no_args_is_help=Tru
 app.add_typer(data_app, name="data")
 config_app = typer.Typer(help="Look at a run's settings.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+app.add_typer(tools_app, name="tools")
 
 ConfigFile = Annotated[str, typer.Option("--config", "-c", help="YAML file of the run, or the name of a shipped one.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value …", show_default=False)]
