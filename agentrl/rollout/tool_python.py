@@ -1,7 +1,6 @@
 """Tools that are Python: ``@tool`` functions, ``Tool`` classes, classes in verl's shape; by ``use`` or by ``class_name``."""
 
 import difflib
-import importlib.util
 import inspect
 import re
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from agentrl.rollout.tool import Signature, place_of, schema_of
 from agentrl.rollout.tool_entry import Entry, parsed
 from agentrl.rollout.tool_instances import ClassInstance, FunctionInstance, VerlInstance, VerlSchema
 from agentrl.rollout.toolbox import DeclaredTool
-from agentrl.rollout.verl_shim import SHIPPED_INSTEAD, install_verl_shim
+from agentrl.rollout.verl_shim import SHIPPED_INSTEAD, install_verl_shim, is_verl_installed
 
 
 def declare_python(entry: Entry) -> list[DeclaredTool]:
@@ -41,7 +40,7 @@ def declare_python(entry: Entry) -> list[DeclaredTool]:
 def _load(entry: Entry, reference: str) -> Any:
     if "class_name" not in entry.given and re.fullmatch(r"[\w-]+", reference):
         return load_installed_tool(reference)
-    if reference in SHIPPED_INSTEAD and importlib.util.find_spec("verl") is None:
+    if reference in SHIPPED_INSTEAD and not is_verl_installed():
         reference = SHIPPED_INSTEAD[reference]
     try:
         return load_object(reference, root=entry.project)

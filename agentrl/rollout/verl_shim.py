@@ -5,6 +5,7 @@ import importlib.util
 import logging
 import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -12,6 +13,8 @@ from uuid import uuid4
 from pydantic import BaseModel, ConfigDict
 
 logger = logging.getLogger(__name__)
+
+_MARK = "__agentrl_shim__"
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -120,12 +123,20 @@ _MODULES: dict[str, dict[str, Any]] = {
 }
 
 
+def is_verl_installed() -> bool:
+    """Whether verl itself can be imported; what stands in for it does not count."""
+    loaded = sys.modules.get("verl")
+    return not hasattr(loaded, _MARK) if loaded else importlib.util.find_spec("verl") is not None
+
+
 def install_verl_shim() -> bool:
     """Make those names importable. False where verl is installed (its own names count) or the shim already is."""
-    if "verl" in sys.modules or importlib.util.find_spec("verl") is not None:
+    if "verl" in sys.modules or is_verl_installed():
         return False
     for name, members in _MODULES.items():
         module = ModuleType(name, "Stands in for verl, which is not installed. See agentrl.rollout.verl_shim.")
+        module.__spec__ = ModuleSpec(name, None, is_package=True)  # libraries that look for verl would stumble over None
+        setattr(module, _MARK, True)
         module.__path__ = []  # a package without files: other submodules are reported as missing, by name
         vars(module).update(members)
         sys.modules[name] = module

@@ -1,6 +1,5 @@
 """Tools as verl's users wrote them: file, YAML and rows unchanged, without verl."""
 
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import pytest
 
 from agentrl.errors import ConfigError
 from agentrl.rollout.tool_loading import load_tools
-from agentrl.rollout.verl_shim import install_verl_shim
+from agentrl.rollout.verl_shim import install_verl_shim, is_verl_installed
 from agentrl.types import Task, ToolCall
 
 VERL_FILE = """
@@ -121,7 +120,7 @@ tools:
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    if importlib.util.find_spec("verl") is not None and "Stands in" not in str(sys.modules.get("verl", "")):
+    if is_verl_installed():
         pytest.skip("verl itself is installed")
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "verl_answer_tool.py").write_text(VERL_FILE)
@@ -178,3 +177,5 @@ def test_parts_of_verl_that_nothing_stands_in_for_are_named(project: Path) -> No
     ):
         load_tools([{"class_name": "needy.Tool"}], base_dir=project)
     assert not install_verl_shim()  # it is there already
+    assert not is_verl_installed()
+    assert load_tools(Path("sandbox.yaml"), base_dir=project).names == ("code_interpreter",)
