@@ -4,7 +4,7 @@ import asyncio
 import inspect
 import json
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -15,11 +15,11 @@ from agentrl.rollout.tool import Signature
 class ToolInstance(Protocol):
     """A tool within one trajectory."""
 
-    async def open(self) -> None: ...
+    def open(self) -> Coroutine[Any, Any, None]: ...
 
-    async def call(self, arguments: dict[str, Any]) -> Any: ...
+    def call(self, arguments: dict[str, Any]) -> Coroutine[Any, Any, Any]: ...
 
-    async def close(self) -> None: ...
+    def close(self) -> Coroutine[Any, Any, None]: ...
 
 
 class FunctionInstance:

@@ -17,7 +17,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, cast
 
-from agentrl.errors import ConfigError, DeadlineExceeded, RolloutError, ToolBusy, ToolError, ToolInfraError
+from agentrl.errors import AgentRLError, ConfigError, DeadlineExceeded, RolloutError, ToolBusy, ToolError, ToolInfraError
 from agentrl.protocols import ToolContext, ToolResult
 from agentrl.rollout.tool import ArgumentError, Arguments, ToolSchema
 from agentrl.rollout.tool_instances import ToolInstance, as_result, awaited
@@ -25,7 +25,7 @@ from agentrl.rollout.tool_limits import RateLimit, ResultCache, ToolLimits, back
 from agentrl.rollout.tool_parsers import FoundCall, ParseFailure
 from agentrl.rollout.tool_stats import ToolStats
 from agentrl.rollout.truncation import cut_to_tokens
-from agentrl.supervise import deadline, waiting
+from agentrl.supervise import bounded, deadline, waiting
 from agentrl.types import Task, ToolCall
 
 logger = logging.getLogger(__name__)
@@ -338,8 +338,8 @@ class ToolSession:
         self._contexts[declared.name].turn = turn
         failed: list[ToolInfraError] = []
         try:
-            async with deadline(timeout_s, f"tool:{declared.name}"):
-                return "", await _attempts(declared, instance, arguments, failed)
+            asked = _attempts(declared, instance, arguments, failed)
+            return "", await bounded(asked, timeout_s, f"tool:{declared.name}")
         except ToolError as error:
             return "tool", ToolResult(text=f"Error: {error}")
         except DeadlineExceeded as error:
@@ -348,6 +348,10 @@ class ToolSession:
             if declared.limits.on_timeout == "infra":
                 raise ToolInfraError(f"tool `{declared.name}` did not answer within {timeout_s:g} s") from error
             return "timeout", ToolResult(text=f"Error: {declared.name} did not finish within {timeout_s:g} s")
+        except RolloutError:
+            raise
+        except AgentRLError as error:
+            raise ToolInfraError(f"tool `{declared.name}`: {error}") from error
 
     async def _opened(self, declared: DeclaredTool) -> ToolInstance:
         """The trajectory's instance; a failed ``open`` is an infrastructure failure, and ``close`` still runs."""
@@ -366,8 +370,7 @@ class ToolSession:
         self._instances[declared.name] = instance
         self._stack.push_async_callback(_close, instance, declared.name)
         try:
-            async with deadline(OPEN_TIMEOUT_S, f"tool:{declared.name} open"):
-                await instance.open()
+            await bounded(instance.open(), OPEN_TIMEOUT_S, f"tool:{declared.name} open")
         except ToolError as error:  # nothing the model did opened it
             raise ToolInfraError(f"tool `{declared.name}` did not open: {error}") from error
         return instance
@@ -414,8 +417,7 @@ async def _attempts(
 
 async def _close(instance: ToolInstance, name: str) -> None:
     try:
-        async with deadline(CLOSE_TIMEOUT_S, f"tool:{name} close"):
-            await instance.close()
+        await bounded(instance.close(), CLOSE_TIMEOUT_S, f"tool:{name} close")
     except Exception as error:  # noqa: BLE001  # the rollout's outcome stands; a leak is worth a warning
         logger.warning("tool_close_failed tool=%s: %s: %s. Its resources may leak", name, type(error).__name__, error)
 

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from agentrl import supervise
 from agentrl.errors import ConfigError, ToolInfraError
 from agentrl.plugins import load_object
 from agentrl.protocols import ToolResult
 from agentrl.rollout import tool_limits
+from agentrl.rollout import toolbox as toolbox_module
 from agentrl.rollout.tool_limits import CacheLimits, RateLimit, ResultCache, backoff_s, cache_key
 from agentrl.rollout.tool_loading import load_tools
 from agentrl.rollout.toolbox import Observation, Toolbox
@@ -296,3 +298,66 @@ def test_results_in_verls_forms_are_read_and_other_data_is_json() -> None:
     assert as_result((1, 2)).text == "[1, 2]"
     assert as_result(("a", "b")).text == '["a", "b"]'
     assert json.loads(as_result([("a", 1)]).text) == [["a", 1]]
+
+
+STUBBORN = '''
+import asyncio
+from agentrl import Tool, tool
+ENDS = asyncio.Event()
+
+async def ignore() -> None:
+    while not ENDS.is_set():
+        try:
+            await ENDS.wait()
+        except asyncio.CancelledError:
+            continue
+
+async def stubborn() -> str:
+    """Ignores its cancellation."""
+    await ignore()
+    return "late"
+
+async def selfish() -> str:
+    """Cancels itself."""
+    raise asyncio.CancelledError
+
+class Sticky(Tool):
+    """Does not close."""
+    async def call(self) -> str:
+        return "ok"
+    async def close(self) -> None:
+        await ignore()
+'''
+
+
+@pytest.mark.asyncio
+async def test_a_tool_that_ignores_its_cancellation_holds_nothing_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(supervise, "GRACE_S", 0.05)
+    monkeypatch.setattr(toolbox_module, "CLOSE_TIMEOUT_S", 0.05)
+    (tmp_path / "stubborn.py").write_text(STUBBORN)
+    entries = [{"use": f"stubborn:{name}", "timeout_s": 0.1} for name in ("stubborn", "selfish", "Sticky")]
+    box = load_tools(entries, base_dir=tmp_path)
+    ends = load_object("stubborn:ENDS", root=tmp_path)
+    try:
+        async with asyncio.timeout(60):
+            async with box.session(task=Task(id="t", prompt=[], data_source="d"), trajectory_id="t", sample_index=0) as tools:
+                (late,) = await tools.run([ToolCall(name="stubborn", arguments={})])
+                assert late.error_kind == "timeout"
+                with pytest.raises(ToolInfraError, match="tool:selfish cancelled itself"):
+                    await tools.run([ToolCall(name="selfish", arguments={})])
+                assert (await tools.run([ToolCall(name="sticky", arguments={})]))[0].text == "ok"
+            assert "cancellation_ignored stage=tool:stubborn" in caplog.text
+            assert "tool_close_failed tool=sticky" in caplog.text
+            # A rollout that is cancelled in the middle of such a call ends as well.
+            async with box.session(task=Task(id="t", prompt=[], data_source="d"), trajectory_id="t", sample_index=0) as tools:
+                rollout = asyncio.create_task(tools.run([ToolCall(name="stubborn", arguments={})]))
+                await asyncio.sleep(0.01)
+                rollout.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await rollout
+    finally:
+        ends.set()
+        while supervise._LEFT_BEHIND:
+            await asyncio.sleep(0.01)
