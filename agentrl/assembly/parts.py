@@ -154,10 +154,15 @@ def needs_sandbox(config: Config) -> bool:
     return any(_is_code_tool(e) and not _own_url(e) for e in tool_entries(config))
 
 
-def build_toolbox(config: Config, tokenizer: Any, *, sandbox_url: str | None) -> Toolbox:
+def build_toolbox(config: Config, tokenizer: Any, *, sandbox_url: str | None, only_schemas: bool = False) -> Toolbox:
     """The run's tools; a code tool without an address gets the run's sandbox."""
-    overrides = sandbox_overrides(config, sandbox_url)
-    return load_tools(tool_spec(config), tokenizer=tokenizer, overrides=overrides, output_tokens=config.serve.tool_tokens)
+    return load_tools(
+        tool_spec(config),
+        tokenizer=tokenizer,
+        overrides=sandbox_overrides(config, sandbox_url),
+        output_tokens=config.serve.tool_tokens,
+        only_schemas=only_schemas,
+    )
 
 
 def tool_spec(config: Config) -> Path | Sequence[Mapping[str, Any]]:
@@ -179,7 +184,7 @@ def sandbox_overrides(config: Config, sandbox_url: str | None) -> dict[str, Mapp
 
 def tool_schemas(config: Config, tokenizer: Any, *, sandbox_url: str | None) -> list[dict[str, Any]]:
     """What the model is told about the run's tools. MCP servers are asked for theirs, and ended again."""
-    toolbox = build_toolbox(config, tokenizer, sandbox_url=sandbox_url)
+    toolbox = build_toolbox(config, tokenizer, sandbox_url=sandbox_url, only_schemas=True)
     try:
         return toolbox.schemas()
     finally:

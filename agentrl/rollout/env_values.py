@@ -17,12 +17,12 @@ class EnvValues:
 
     Args:
         where: the place in the tool list, for errors.
-        environ: the environment; the process's by default.
+        is_required: a variable that is not set is an error; else it is empty, for who only reads schemas.
     """
 
-    def __init__(self, where: str, environ: Mapping[str, str] | None = None) -> None:
+    def __init__(self, where: str, *, is_required: bool = True) -> None:
         self._where = where
-        self._environ = os.environ if environ is None else environ
+        self._is_required = is_required
         self._secrets: set[str] = set()
 
     def fill(self, text: str) -> str:
@@ -33,12 +33,13 @@ class EnvValues:
         """
 
         def value(match: re.Match[str]) -> str:
-            found = self._environ.get(match[1])
-            if not found:
+            found = os.environ.get(match[1], "")
+            if not found and self._is_required:
                 raise ConfigError(
                     f"{self._where}: the environment variable {match[1]} is not set. Export it before the run starts"
                 )
-            self._secrets.add(found)
+            if found:
+                self._secrets.add(found)
             return found
 
         return _REFERENCE.sub(value, text)

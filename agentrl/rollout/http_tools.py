@@ -23,7 +23,7 @@ def declare_http(entry: Entry) -> list[DeclaredTool]:
     spec: HttpSpec = parsed(HttpSpec, entry.given["http"], f"{entry.at}: http")
     schema = _schema(entry, spec)
     _check_url(entry, spec, schema)
-    tool = HttpTool(spec, schema.name, EnvValues(f"{entry.at}: http"))
+    tool = HttpTool(spec, schema.name, EnvValues(f"{entry.at}: http", is_required=not entry.only_schemas))
     is_idempotent = entry.is_idempotent(spec.method == "GET")
     return [
         DeclaredTool(

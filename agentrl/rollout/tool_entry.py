@@ -38,6 +38,8 @@ class Entry:
     """Limits of the whole list."""
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
     """Tool name or reference -> config keys that replace the entry's."""
+    only_schemas: bool = False
+    """Nobody will call the tool: secrets of an HTTP service may be missing."""
     on_failure: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
     """Ends what this and earlier entries started, if the list cannot be loaded."""
 

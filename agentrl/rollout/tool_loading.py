@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ def load_tools(
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     tokenizer: Any = None,
     output_tokens: int | None = None,
+    only_schemas: bool = False,
 ) -> Toolbox:
     """Make the toolbox that a tool list describes.
 
@@ -33,11 +35,15 @@ def load_tools(
         overrides: tool name or reference -> config keys that replace the entry's. Those that match no entry are ignored.
         tokenizer: counts the tokens of results; None keeps results whole.
         output_tokens: tokens of one result where neither the tool nor its entry nor ``defaults`` say.
+        only_schemas: nothing will be called, so secrets of HTTP services need not be here.
 
     Raises:
         ConfigError: a key, type, reference or schema is wrong; names the file and the entry.
     """
-    entries = read_entries(spec, base_dir=base_dir, overrides=overrides, output_tokens=output_tokens)
+    entries = [
+        replace(entry, only_schemas=only_schemas)
+        for entry in read_entries(spec, base_dir=base_dir, overrides=overrides, output_tokens=output_tokens)
+    ]
     declared: list[DeclaredTool] = []
     try:
         for entry in entries:

@@ -219,6 +219,13 @@ def test_a_wrong_http_entry_is_refused_at_its_place(http: dict[str, Any], entry:
     assert "tools[0]" in str(caught.value)
 
 
+def test_who_only_reads_schemas_needs_no_secrets() -> None:
+    spec = [{"name": "rates", "http": {"url": "http://x/{k}", "headers": {"X": "${env:RATES_NOWHERE}"}}}]
+    assert load_tools(spec, only_schemas=True).names == ("rates",)  # as learn does, on a machine without them
+    with pytest.raises(ConfigError, match="RATES_NOWHERE is not set"):
+        load_tools(spec)
+
+
 def test_a_schema_comes_from_a_file_a_function_or_the_url(tmp_path: Path) -> None:
     (tmp_path / "rates.json").write_text(json.dumps(SCHEMA))
     function = {"type": "function", "function": {"name": "f", "description": "d", "parameters": SCHEMA}}
