@@ -15,7 +15,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -245,7 +245,7 @@ class _Connection:
         self.error: str | None = None
         self.failed_at = 0.0
         self.in_flight = 0
-        self.stderr = lambda: ""
+        self.stderr: Callable[[], str] = str
 
     def fail(self, cause: str, server: McpServer) -> None:
         how = "could not be reached" if server.address.url else "did not start"

@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import BaseModel
+
 from agentrl.errors import ConfigError
 from agentrl.plugins import installed_tools, load_installed_tool, load_object, marked_tools, tool_options
 from agentrl.rollout.tool import Signature, place_of, schema_of
@@ -108,9 +110,10 @@ def _declare_class(entry: Entry, reference: str, target: Any) -> DeclaredTool:
     config = entry.config(reference, name)
     if config.pop("type", "native") != "native":
         raise ConfigError(f"{entry.at}: a class takes `type: native` only; write MCP servers under `mcp:`")
-    model = getattr(target, "Config", None)
-    is_model = inspect.isclass(model) and hasattr(model, "model_validate")
-    arguments = {"config": parsed(model, config, f"{entry.at}: config")} if is_model else config
+    model: Any = getattr(target, "Config", None)
+    arguments = config
+    if isinstance(model, type) and issubclass(model, BaseModel):
+        arguments = {"config": parsed(model, config, f"{entry.at}: config")}
 
     def construct() -> Any:
         return target(**arguments)
