@@ -12,7 +12,7 @@
 10. ``cli audit`` proves afterwards that what was trained is what was sampled, each trajectory once.
 """
 
-from agentrl.errors import AgentRLError, ConfigError, ToolError
+from agentrl.errors import AgentRLError, ConfigError, ToolBusy, ToolError
 from agentrl.plugins import tool
 from agentrl.protocols import Env, Tool, ToolContext, ToolResult
 from agentrl.types import Episode, Message, Score, Task, Trajectory
@@ -26,6 +26,7 @@ __all__ = [
     "Score",
     "Task",
     "Tool",
+    "ToolBusy",
     "ToolContext",
     "ToolError",
     "ToolResult",

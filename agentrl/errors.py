@@ -15,6 +15,7 @@
     └── RolloutError           one rollout failed; its siblings go on
         ├── ToolError          the model's mistake: the text is shown to the model
         ├── ToolInfraError     the tool itself failed: never a negative reward
+        │   └── ToolBusy       its service refused the call for now (a rate limit); nothing was done
         ├── SandboxError       the sandbox service failed
         ├── GenerationError    no server could generate
         ├── RewardError        the scorer raised, or returned no number
@@ -91,6 +92,19 @@ class ToolInfraError(RolloutError):
     """The tool itself failed (network, crash, timeout of a service). It never counts against the model."""
 
     kind = "tool_infra"
+
+
+class ToolBusy(ToolInfraError):
+    """The tool's service refused the call for now and did nothing, so that asking again is safe.
+
+    Args:
+        message: who refused, and how.
+        retry_after_s: seconds after which the service wants to be asked again; None where it did not say.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class SandboxError(ToolInfraError):

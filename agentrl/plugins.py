@@ -1,8 +1,9 @@
-"""How users' code is marked and found: the ``@tool`` decorator and ``load_object``.
+"""How users' code is marked and found: the ``@tool`` decorator, ``load_object`` and the entry points of packages.
 
 A name such as ``tools.calculator:calculator`` is looked for in three places, in this order: the user's project (the
 working directory), the tools and environments that ship with agentrl, and the installed packages. Files of the first
-two are loaded by path under private module names, so a user's ``tools`` and ours never collide.
+two are loaded by path under private module names, so a user's ``tools`` and ours never collide. A bare name such as
+``weather`` is an entry point of the group ``agentrl.tools``, which an installed package declares.
 """
 
 import difflib
@@ -12,6 +13,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, TypeVar, overload
@@ -22,6 +24,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 TOOL_OPTIONS_ATTRIBUTE = "__agentrl_tool__"
 SHIPPED_KINDS = ("tools", "envs", "configs")
+TOOL_ENTRY_POINTS = "agentrl.tools"
 
 Truncate = Literal["middle", "left", "right"]
 
@@ -36,6 +39,7 @@ class ToolOptions:
     output_tokens: int | None = None
     truncate: Truncate | None = None
     oracle: bool = False
+    idempotent: bool | None = None
 
 
 @overload
@@ -49,6 +53,7 @@ def tool(
     output_tokens: int | None = None,
     truncate: Truncate | None = None,
     oracle: bool = False,
+    idempotent: bool | None = None,
 ) -> Callable[[F], F]: ...
 def tool(
     function: F | None = None,
@@ -60,6 +65,7 @@ def tool(
     output_tokens: int | None = None,
     truncate: Truncate | None = None,
     oracle: bool = False,
+    idempotent: bool | None = None,
 ) -> F | Callable[[F], F]:
     """Mark a function as a tool. It stays an ordinary function: call it, test it, import it.
 
@@ -74,9 +80,17 @@ def tool(
         output_tokens: tokens of one result; longer ones are cut.
         truncate: the side that is cut away.
         oracle: the tool may see the ground truth.
+        idempotent: asking twice does no more than asking once, and equal arguments give equal answers: the tool may be
+            retried and cached.
     """
     options = ToolOptions(
-        name=name, timeout_s=timeout_s, concurrency=concurrency, output_tokens=output_tokens, truncate=truncate, oracle=oracle
+        name=name,
+        timeout_s=timeout_s,
+        concurrency=concurrency,
+        output_tokens=output_tokens,
+        truncate=truncate,
+        oracle=oracle,
+        idempotent=idempotent,
     )
 
     def mark(target: F) -> F:
@@ -90,6 +104,49 @@ def tool_options(target: Any) -> ToolOptions:
     """The options of a marked function or class; defaults where it is not marked."""
     options = getattr(target, TOOL_OPTIONS_ATTRIBUTE, None)
     return options if isinstance(options, ToolOptions) else ToolOptions()
+
+
+def installed_tools() -> dict[str, EntryPoint]:
+    """Tools that installed packages declare under the entry-point group ``agentrl.tools``, by name."""
+    return {point.name: point for point in entry_points(group=TOOL_ENTRY_POINTS)}
+
+
+def load_installed_tool(name: str) -> Any:
+    """The tool that an installed package declares under ``name``.
+
+    Raises:
+        ConfigError: no package declares it, or it does not import.
+    """
+    installed = installed_tools()
+    if name not in installed:
+        near = difflib.get_close_matches(name, installed, n=1)
+        hint = f"Did you mean `{near[0]}`?" if near else f"Declared: {', '.join(installed) or 'none'}."
+        raise ConfigError(
+            f"no installed package declares a tool `{name}` (entry-point group {TOOL_ENTRY_POINTS}). {hint} "
+            "For a function of your own write `module:function` or `path/to/file.py:function`"
+        )
+    try:
+        return installed[name].load()
+    except Exception as error:
+        raise ConfigError(f"tool `{name}` ({installed[name].value}) does not import: {type(error).__name__}: {error}") from error
+
+
+def marked_tools(source: str, *, root: Path | None = None) -> dict[str, Any]:
+    """Everything that ``@tool`` marks in a file or module, in the order it is defined there.
+
+    Raises:
+        ConfigError: nothing there, it does not import, or it marks nothing.
+    """
+    project = (root or Path.cwd()).resolve()
+    module = _load_file_reference(source, project) if _is_path(source) else _load_module_reference(source, project)
+    marked = {
+        name: value
+        for name, value in vars(module).items()
+        if TOOL_OPTIONS_ATTRIBUTE in getattr(value, "__dict__", {}) and getattr(value, "__module__", "") == module.__name__
+    }
+    if not marked:
+        raise ConfigError(f"{module.__file__} marks nothing with @tool. Mark its functions, or name one: `{source}:function`")
+    return marked
 
 
 def shipped_dir(kind: str) -> Path:

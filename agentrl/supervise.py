@@ -1,12 +1,23 @@
-"""The only async helpers: ``running()`` for endless loops, ``deadline()`` for bounded ones, ``waiting()`` to say what for."""
+"""The only async helpers: ``running()`` for endless loops, ``deadline()`` for bounded ones, ``bounded()`` where even the
+cancellation may be ignored, ``waiting()`` to say what for."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Coroutine, Generator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from agentrl.errors import AgentRLError, DeadlineExceeded
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+GRACE_S = 1.0
+"""For cancelled foreign work to clean up, before it is left behind."""
+_LEFT_BEHIND: set["asyncio.Task[Any]"] = set()
 
 
 class LoopExited(AgentRLError):
@@ -59,6 +70,41 @@ async def deadline(seconds: float, stage: str) -> AsyncGenerator[None, None]:
         if scope.expired():
             raise DeadlineExceeded(stage, seconds) from error
         raise
+
+
+async def bounded(work: Coroutine[Any, Any, T], seconds: float, stage: str) -> T:
+    """Await foreign code for ``seconds``, and no longer when it ignores its cancellation: then it is left behind, with a warning.
+
+    A task of its own, outside every group: a group would wait for it, which is what must not happen.
+
+    Raises:
+        DeadlineExceeded: it took longer.
+        AgentRLError: it cancelled itself, which must not look like our own cancellation.
+    """
+    task = asyncio.get_running_loop().create_task(work, name=stage)
+    try:
+        await asyncio.wait({task}, timeout=seconds)
+        if not task.done():
+            raise DeadlineExceeded(stage, seconds)
+    finally:
+        if not task.done():
+            task.cancel()
+            _LEFT_BEHIND.add(task)
+            task.add_done_callback(_forget)
+            await asyncio.wait({task}, timeout=GRACE_S)
+            if not task.done():
+                logger.warning(
+                    "cancellation_ignored stage=%s: it goes on in the background; let it end when it is cancelled", stage
+                )
+    if task.cancelled():
+        raise AgentRLError(f"{stage} cancelled itself")
+    return task.result()
+
+
+def _forget(task: "asyncio.Task[Any]") -> None:
+    _LEFT_BEHIND.discard(task)
+    if not task.cancelled() and task.exception() is not None:
+        logger.debug("left_behind_failed stage=%s: %s", task.get_name(), task.exception())
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -140,9 +140,12 @@ def _template(config: Config) -> Finding:
 
     tokenizer = load_tokenizer(config)
     toolbox = build_toolbox(config, tokenizer, sandbox_url="http://127.0.0.1:9")
-    template = unchecked_template(config, tokenizer, toolbox)
-    notes = template.self_test().notes  # a refusal shows the differing tokens
-    parser = choose_parser(config.serve.parser, template)
+    try:
+        template = unchecked_template(config, tokenizer, toolbox)
+        notes = template.self_test().notes  # a refusal shows the differing tokens
+        parser = choose_parser(config.serve.parser, template)
+    finally:
+        asyncio.run(toolbox.aclose())
     names = ", ".join(s["function"]["name"] for s in toolbox.schemas()) or "no tools"
     ends = " ".join(template.decode_all([i]) for i in template.stop_ids)
     rewrites = [n for n in notes if "not prefix-preserving" in n]

@@ -14,14 +14,15 @@ from agentrl.algorithms.losses import POLICY_LOSSES, policy_loss_parameters
 from agentrl.assembly.best import check_best, keep_best
 from agentrl.assembly.parts import (
     LEARNER_DTYPE,
-    build_toolbox,
     fingerprint,
     load_tokenizer,
     release_stream_server,
     run_dir_of,
     stream_url,
+    tool_schemas,
 )
 from agentrl.assembly.run import refuse_if_active
+from agentrl.assembly.tool_meter import ToolMeter
 from agentrl.assembly.watchdog import LearnStatus, Watchdog
 from agentrl.config import Config, dump_config
 from agentrl.errors import ConfigError, StalledError
@@ -140,7 +141,7 @@ def learn_as_rank(config: Config, directory: RunDir, *, should_stop: Callable[[]
             check_server(client)
             keys = Keys(config.run.name)
             tokenizer = load_tokenizer(config)
-            schemas = build_toolbox(config, tokenizer, sandbox_url=PLACEHOLDER_URL).schemas()
+            schemas = tool_schemas(config, tokenizer, sandbox_url=PLACEHOLDER_URL)
             check_fingerprint(client, keys, "learn", fingerprint(config, tokenizer, schemas))
             source = _Source(TrajectoryConsumer(client, keys), status)
             report = _Report(config, directory, status)
@@ -306,9 +307,11 @@ class _Report:
     def __init__(self, config: Config, directory: RunDir, status: LearnStatus) -> None:
         self._config, self._directory, self._learn_status = config, directory, status
         self._trackers: list[Tracker] | None = None
+        self._tools = ToolMeter(directory)
 
     def step(self, metrics: Mapping[str, float]) -> None:
         version = int(metrics["policy_version"])
+        metrics = {**metrics, **self._tools.read()}
         if self._trackers is None:
             self._trackers = open_trackers(
                 self._config.log.trackers, self._directory, run_name=self._config.run.name,

@@ -1,5 +1,6 @@
 """Config in, parts out: what ``serve``, ``learn`` and ``eval`` build in common."""
 
+import asyncio
 import contextlib
 import hashlib
 import json
@@ -21,6 +22,7 @@ from agentrl.rollout.reward import Scorer
 from agentrl.rollout.tool_format import choose_parser, misread
 from agentrl.rollout.tool_loading import load_tools
 from agentrl.rollout.toolbox import Toolbox
+from agentrl.rollout.verl_shim import SHIPPED_INSTEAD
 from agentrl.stream.server import EmbeddedServer
 from agentrl.telemetry.run_dir import RunDir
 from agentrl.types import Task
@@ -156,19 +158,41 @@ def needs_sandbox(config: Config) -> bool:
     return any(_is_code_tool(e) and not _own_url(e) for e in tool_entries(config))
 
 
-def build_toolbox(config: Config, tokenizer: Any, *, sandbox_url: str | None) -> Toolbox:
+def build_toolbox(config: Config, tokenizer: Any, *, sandbox_url: str | None, only_schemas: bool = False) -> Toolbox:
     """The run's tools; a code tool without an address gets the run's sandbox."""
-    overrides: dict[str, Mapping[str, Any]] = {}
-    if sandbox_url:
-        access = {"url": sandbox_url}
-        if token := os.environ.get(SANDBOX_TOKEN_VARIABLE):
-            access["token"] = token
-        overrides = {
-            str(e.get("class_name") or e.get("use")): access for e in tool_entries(config) if _is_code_tool(e) and not _own_url(e)
-        }
-    spec: Path | Sequence[Mapping[str, Any]]
-    spec = tool_file(config.tools) if isinstance(config.tools, str) else (config.tools or [])
-    return load_tools(spec, tokenizer=tokenizer, overrides=overrides, output_tokens=config.serve.tool_tokens)
+    return load_tools(
+        tool_spec(config),
+        tokenizer=tokenizer,
+        overrides=sandbox_overrides(config, sandbox_url),
+        output_tokens=config.serve.tool_tokens,
+        only_schemas=only_schemas,
+    )
+
+
+def tool_spec(config: Config) -> Path | Sequence[Mapping[str, Any]]:
+    """The run's tool list: its file, or the list in place."""
+    return tool_file(config.tools) if isinstance(config.tools, str) else (config.tools or [])
+
+
+def sandbox_overrides(config: Config, sandbox_url: str | None) -> dict[str, Mapping[str, Any]]:
+    """Where the code tools that do not say so themselves find the sandbox."""
+    if not sandbox_url:
+        return {}
+    access = {"url": sandbox_url}
+    if token := os.environ.get(SANDBOX_TOKEN_VARIABLE):
+        access["token"] = token
+    return {
+        str(e.get("class_name") or e.get("use")): access for e in tool_entries(config) if _is_code_tool(e) and not _own_url(e)
+    }
+
+
+def tool_schemas(config: Config, tokenizer: Any, *, sandbox_url: str | None) -> list[dict[str, Any]]:
+    """What the model is told about the run's tools. MCP servers are asked for theirs, and ended again."""
+    toolbox = build_toolbox(config, tokenizer, sandbox_url=sandbox_url, only_schemas=True)
+    try:
+        return toolbox.schemas()
+    finally:
+        asyncio.run(toolbox.aclose())
 
 
 def build_template(config: Config, tokenizer: Any, toolbox: Toolbox) -> ChatTemplate:
@@ -234,7 +258,8 @@ def _digest(value: Any) -> str:
 
 
 def _is_code_tool(entry: Mapping[str, Any]) -> bool:
-    return str(entry.get("class_name") or entry.get("use") or "").startswith(CODE_TOOL)
+    reference = str(entry.get("class_name") or entry.get("use") or "")
+    return SHIPPED_INSTEAD.get(reference, reference).startswith(CODE_TOOL)
 
 
 def _own_url(entry: Mapping[str, Any]) -> bool:

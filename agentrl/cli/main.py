@@ -13,6 +13,7 @@ import typer
 import yaml
 from rich.console import Console
 
+from agentrl.cli.tools import tools_app
 from agentrl.config import Config, dump_config, load_config
 from agentrl.errors import AgentRLError, ConfigError, DataError
 
@@ -30,6 +31,7 @@ config_app = typer.Typer(help="Look at a run's settings.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 servers_app = typer.Typer(help="Look at a running serve's generation servers, and change them.", no_args_is_help=True)
 app.add_typer(servers_app, name="servers")
+app.add_typer(tools_app, name="tools")
 
 ConfigFile = Annotated[str, typer.Option("--config", "-c", help="YAML file of the run, or the name of a shipped one.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value …", show_default=False)]

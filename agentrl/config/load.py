@@ -19,6 +19,10 @@ from agentrl.errors import ConfigError
 SECTIONS = tuple(Config.model_fields)
 
 
+# `${env:NAME}` in a tool list is filled in where it is used, so that no secret reaches the resolved config.
+OmegaConf.register_new_resolver("env", lambda name: f"${{env:{name}}}", replace=True)
+
+
 def load_config(path: str | Path | None, overrides: Sequence[str] = (), *, section: str | None = None) -> Config:
     """Compose and validate one run's config.
 

@@ -52,12 +52,14 @@ class CircuitBreaker:
             return "opened"
         return ""
 
+    @property
+    def is_blocking(self) -> bool:
+        """Open, and not time for a probe yet. Asking changes nothing."""
+        return self.is_open and self._clock() < self._probe_at
+
     def allows(self) -> bool:
         """Whether to go on; while open, True once per cooldown, for a probe."""
-        if not self.is_open:
-            return True
-        now = self._clock()
-        if now < self._probe_at:
+        if self.is_blocking:
             return False
-        self._probe_at = now + self._cooldown_s
+        self._probe_at = self._clock() + self._cooldown_s
         return True

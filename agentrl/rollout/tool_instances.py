@@ -4,7 +4,8 @@ import asyncio
 import inspect
 import json
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 from agentrl.protocols import ToolContext, ToolResult
@@ -14,11 +15,11 @@ from agentrl.rollout.tool import Signature
 class ToolInstance(Protocol):
     """A tool within one trajectory."""
 
-    async def open(self) -> None: ...
+    def open(self) -> Coroutine[Any, Any, None]: ...
 
-    async def call(self, arguments: dict[str, Any]) -> Any: ...
+    def call(self, arguments: dict[str, Any]) -> Coroutine[Any, Any, Any]: ...
 
-    async def close(self) -> None: ...
+    def close(self) -> Coroutine[Any, Any, None]: ...
 
 
 class FunctionInstance:
@@ -69,28 +70,42 @@ class VerlInstance:
         self._id = uuid.uuid4().hex
 
     async def open(self) -> None:
-        created = await awaited(self._tool.create(self._id, **self._kwargs("create_kwargs")))
+        given = self._kwargs("create_kwargs")
+        if _takes(self._tool.create, "create_kwargs"):  # later versions of verl pass them as one argument, earlier ones spread
+            given = {"create_kwargs": dict(given), **given}
+        created = await awaited(self._tool.create(self._id, **given))
         if isinstance(created, tuple) and created and isinstance(created[0], str):
             self._id = created[0]
         elif isinstance(created, str):
             self._id = created
 
     async def call(self, arguments: dict[str, Any]) -> Any:
-        answer = await awaited(self._tool.execute(self._id, arguments, **self._kwargs("execute_kwargs")))
-        parts = answer if isinstance(answer, tuple) else (answer,)
-        response, reward = parts[0], parts[1] if len(parts) > 1 else None
-        metrics = parts[2] if len(parts) > 2 and isinstance(parts[2], Mapping) else {}
-        text = response if isinstance(response, str) else getattr(response, "text", None)
-        if text is None:
-            text = "" if hasattr(response, "text") else as_result(response).text
-        numbers = {str(k): float(v) for k, v in metrics.items() if isinstance(v, int | float)}
-        return ToolResult(text=text, reward=None if reward is None else float(reward), metrics=numbers)
+        given = self._kwargs("execute_kwargs")
+        if _takes(self._tool.execute, "agent_data"):
+            given = {"agent_data": self._agent_data(), **given}
+        answer = await awaited(self._tool.execute(self._id, arguments, **given))
+        return as_result(answer if isinstance(answer, tuple) else (answer,))
 
     async def close(self) -> None:
         await awaited(self._tool.release(self._id, **self._kwargs("release_kwargs")))
 
     def _kwargs(self, key: str) -> dict[str, Any]:
         return dict(self._context.kwargs.get(key) or {})
+
+    def _agent_data(self) -> SimpleNamespace:
+        """What verl's tools may read of the rollout; ``extra_fields`` lives as long as the trajectory."""
+        context = self._context
+        return SimpleNamespace(
+            request_id=context.trajectory_id, tools_kwargs=context.kwargs, extra_fields=context.state, turn=context.turn
+        )
+
+
+def _takes(function: Any, name: str) -> bool:
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return False
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 async def awaited(value: Any) -> Any:
@@ -112,13 +127,38 @@ class VerlSchema(dict[str, Any]):
 
 
 def as_result(value: Any) -> ToolResult:
+    """What a tool returned, as a result: text, JSON for other data, and verl's ``ToolResponse`` and tuples of response,
+    reward and metrics."""
     if isinstance(value, ToolResult):
         return value
+    if _is_verl_tuple(value):
+        response, reward, metrics = (*value, None, None)[:3]
+        numbers = {str(k): float(v) for k, v in (metrics or {}).items() if isinstance(v, int | float)}
+        return ToolResult(text=as_result(response).text, reward=None if reward is None else float(reward), metrics=numbers)
     if value is None:
         return ToolResult(text="")
     if isinstance(value, str):
         return ToolResult(text=value)
+    if _is_response(value):
+        return ToolResult(text=value.text or "")
     try:
         return ToolResult(text=json.dumps(value, ensure_ascii=False, default=str))
     except ValueError:
         return ToolResult(text=str(value))
+
+
+def _is_response(value: Any) -> bool:
+    """verl's ``ToolResponse``, whoever defines it."""
+    return hasattr(value, "text") and (hasattr(value, "image") or type(value).__name__ == "ToolResponse")
+
+
+def _is_verl_tuple(value: Any) -> bool:
+    """``(response,)``, ``(response, reward)`` or ``(response, reward, metrics)``; other tuples are data."""
+    if not isinstance(value, tuple) or not 1 <= len(value) <= 3:  # pyright: ignore[reportUnknownArgumentType]
+        return False
+    response, reward, metrics = (*value, None, None)[:3]
+    is_reward = reward is None or (isinstance(reward, int | float) and not isinstance(reward, bool))
+    is_metrics = metrics is None or isinstance(metrics, Mapping)
+    return (
+        (isinstance(response, str | dict | ToolResult) or response is None or _is_response(response)) and is_reward and is_metrics
+    )

@@ -3,61 +3,40 @@
 The model's mistakes (text that is no call, an unknown name, bad arguments, ``ToolError``, a call that runs too long) become
 observations that it reads and may learn from. Everything else that goes wrong in a tool is infrastructure: the rollout ends
 as failed and is never given a reward. When most calls of a tool fail that way, its circuit opens: `Toolbox.blocked` names
-the tool, the worker starts no new rollouts, and one probe is let through per `COOLDOWN_S` until a call succeeds.
+the tool, the worker starts no new rollouts, and one probe is let through per cooldown until a call succeeds.
 """
 
 import asyncio
 import contextlib
 import difflib
 import logging
+import random
 import time
-from collections import deque
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, cast
 
-from agentrl.errors import ConfigError, DeadlineExceeded, RolloutError, ToolError, ToolInfraError
-from agentrl.plugins import Truncate
+from agentrl.errors import AgentRLError, ConfigError, DeadlineExceeded, RolloutError, ToolBusy, ToolError, ToolInfraError
 from agentrl.protocols import ToolContext, ToolResult
-from agentrl.rollout.circuit import CircuitBreaker
 from agentrl.rollout.tool import ArgumentError, Arguments, ToolSchema
 from agentrl.rollout.tool_instances import ToolInstance, as_result, awaited
+from agentrl.rollout.tool_limits import RateLimit, ResultCache, ToolLimits, backoff_s, cache_key
 from agentrl.rollout.tool_parsers import FoundCall, ParseFailure
+from agentrl.rollout.tool_stats import ToolStats
 from agentrl.rollout.truncation import cut_to_tokens
-from agentrl.supervise import deadline, waiting
+from agentrl.supervise import bounded, deadline, waiting
 from agentrl.types import Task, ToolCall
 
 logger = logging.getLogger(__name__)
 
 ErrorKind: TypeAlias = Literal["", "parse", "unknown_tool", "arguments", "tool", "timeout", "limit"]
+ToolKind: TypeAlias = Literal["function", "class", "verl", "http", "mcp"]
 
-BREAKER_WINDOW = 50
-"""Latest calls of a tool that its circuit breaker looks at."""
-BREAKER_MIN_CALLS = 20
-"""Calls before it may open: two failures of three say little."""
-COOLDOWN_S = 15.0
-"""Between probes while a circuit is open."""
 OPEN_TIMEOUT_S = 60.0
 """Deadline of a tool's ``open``; not the model's time, so not the call's deadline."""
 CLOSE_TIMEOUT_S = 10.0
-_LATENCIES = 1000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ToolLimits:
-    """What one tool may use."""
-
-    timeout_s: float = 10.0
-    """Of one call. Waiting for a place under ``concurrency`` does not count."""
-    concurrency: int = 64
-    """Calls at once in this process."""
-    output_tokens: int = 512
-    """Tokens of one result."""
-    truncate: Truncate = "middle"
-    """The side that is cut away from longer results: ``left`` keeps the tail, ``right`` the head."""
-    max_infra_error_rate: float = 0.5
-    """Of the latest calls; above it rollouts pause."""
+_JITTER = random.Random()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,62 +54,23 @@ class Observation:
     reward: float | None = None
 
 
-class _Stats:
-    """Counters of one tool, and its circuit breaker."""
-
-    def __init__(self, name: str, limits: ToolLimits) -> None:
-        self.name = name
-        self.calls = self.ok = self.model_errors = self.timeouts = self.infra_errors = 0
-        self._limit = limits.max_infra_error_rate
-        self._latencies: deque[float] = deque(maxlen=_LATENCIES)
-        self.breaker = CircuitBreaker(
-            window=BREAKER_WINDOW, min_calls=BREAKER_MIN_CALLS, max_rate=self._limit, cooldown_s=COOLDOWN_S
-        )
-
-    def record(self, kind: Literal["ok", "model_errors", "timeouts"], ms: float) -> None:
-        """Count one call that the tool answered, or that ran out of time."""
-        self.calls += 1
-        setattr(self, kind, getattr(self, kind) + 1)
-        self._latencies.append(ms)
-        if kind == "timeouts" and self.breaker.is_open:
-            return  # a hanging service is no sign of life
-        if self.breaker.record(ok=True) == "closed":
-            logger.warning("tool_circuit_closed tool=%s: a call succeeded; rollouts go on", self.name)
-
-    def count_refused(self) -> None:
-        """Count a call that never reached the tool: its arguments did not fit."""
-        self.calls += 1
-        self.model_errors += 1
-
-    def record_infra(self, error: BaseException, ms: float) -> None:
-        """Count one call that failed outside the model's control."""
-        self.calls += 1
-        self.infra_errors += 1
-        self._latencies.append(ms)
-        if self.breaker.record(ok=False) == "opened":
-            logger.error(
-                "tool_circuit_open tool=%s: %d of the last %d calls failed outside the model's control (last: %s). New rollouts "
-                "pause; nothing of these was trained on. Repair or start the tool's service; a probe goes out every %g s "
-                "(limit: max_infra_error_rate=%g)",
-                self.name, self.breaker.failed, self.breaker.seen, error, COOLDOWN_S, self._limit,
-            )  # fmt: skip
-
-    def summary(self) -> dict[str, float]:
-        ordered = sorted(self._latencies)
-        return {
-            "calls": self.calls,
-            "ok": self.ok,
-            "model_errors": self.model_errors,
-            "timeouts": self.timeouts,
-            "infra_errors": self.infra_errors,
-            "p50_ms": ordered[len(ordered) // 2] if ordered else 0.0,
-            "p99_ms": ordered[min(len(ordered) - 1, len(ordered) * 99 // 100)] if ordered else 0.0,
-            "circuit_open": float(self.breaker.is_open),
-        }
-
-
 class DeclaredTool:
-    """One entry of the tool list: what the model sees, its limits, and how an instance for a trajectory is made."""
+    """One tool of the run: what the model sees, its limits, and how an instance for a trajectory is made.
+
+    Args:
+        schema: what the model sees.
+        arguments: checks what the model passes.
+        limits: see `ToolLimits`.
+        reference: as the entry names it.
+        make: an instance for one trajectory.
+        oracle: it may see the ground truth.
+        is_stateful: calls of one trajectory share an instance and run one after the other.
+        is_idempotent: it may be asked twice, so retried and cached.
+        kind: of its entry.
+        place: where it was found, for people: file and line, address or command.
+        probe: says in a line that its service can be reached, or raises.
+        shutdown: ends what its instances share.
+    """
 
     def __init__(
         self,
@@ -142,6 +82,10 @@ class DeclaredTool:
         make: Callable[[ToolContext], ToolInstance],
         oracle: bool = False,
         is_stateful: bool,
+        is_idempotent: bool = False,
+        kind: ToolKind = "function",
+        place: str = "",
+        probe: Callable[[], Awaitable[str]] | None = None,
         shutdown: Callable[[], Any] | None = None,
     ) -> None:
         self.schema = schema
@@ -151,9 +95,15 @@ class DeclaredTool:
         self.make = make
         self.oracle = oracle
         self.is_stateful = is_stateful
+        self.is_idempotent = is_idempotent
+        self.kind: ToolKind = kind
+        self.place = place
+        self.probe = probe
         self.shutdown = shutdown
-        self.stats = _Stats(schema.name, limits)
+        self.stats = ToolStats(schema.name, limits.max_infra_error_rate)
         self.places = asyncio.Semaphore(limits.concurrency)
+        self.rate = RateLimit(limits.calls_per_s, limits.burst)
+        self.cache = ResultCache(limits.cache) if limits.cache else None
 
     @property
     def name(self) -> str:
@@ -233,7 +183,7 @@ class Toolbox:
             )
 
     def stats(self) -> dict[str, dict[str, float]]:
-        """Per tool: calls, ok, model_errors, timeouts, infra_errors, p50_ms, p99_ms, circuit_open."""
+        """Per tool: the counters of `ToolStats.summary`."""
         return {name: declared.stats.summary() for name, declared in self._tools.items()}
 
     async def aclose(self) -> None:
@@ -247,10 +197,17 @@ class Toolbox:
                     logger.warning("tool_aclose_failed tool=%s: %s: %s", name, type(error).__name__, error)
 
     def blocked(self) -> str | None:
-        """``tool:<name>`` while that tool's circuit is open: the wait reason for which no new rollout may start."""
-        for name, declared in self._tools.items():
-            if not declared.stats.breaker.allows():
+        """``tool:<name>`` while that tool's circuit is open: the wait reason for which no new rollout may start.
+
+        A rollout that starts while circuits are open is the probe of all of them. None is spent while another still blocks, or
+        two tools whose cooldowns end at different times would block for ever.
+        """
+        circuits = {name: declared.stats.breaker for name, declared in self._tools.items() if declared.stats.breaker.is_open}
+        for name, breaker in circuits.items():
+            if breaker.is_blocking:
                 return f"tool:{name}"
+        for breaker in circuits.values():
+            breaker.allows()
         return None
 
 
@@ -278,6 +235,7 @@ class ToolSession:
         self._instances: dict[str, ToolInstance] = {}
         self._contexts: dict[str, ToolContext] = {}
         self._locks = {name: asyncio.Lock() for name in tools}
+        self._caches = {n: ResultCache(d.limits.cache) for n, d in tools.items() if d.limits.cache}
 
     async def run(self, calls: Sequence[FoundCall], *, turn: int = 0) -> list[Observation]:
         """Answer the calls of one turn, in order. Calls of one stateful tool run one after the other, others together.
@@ -320,43 +278,31 @@ class ToolSession:
             return Observation(
                 name=call.name, text=text, ok=False, error_kind="arguments", arguments=call.arguments, raw=call.raw
             )
+        key, cache = self._cache_of(declared, call)
         lock = self._locks[call.name] if declared.is_stateful else contextlib.nullcontext()
         with waiting(f"tool:{call.name}"):
-            async with lock, declared.places:
-                return await self._call(declared, call, arguments, turn)
+            async with lock:
+                known = cache.get(key) if cache is not None and key is not None else None
+                if known is not None:
+                    declared.stats.count_cached()
+                    return self._observation(declared, call, "", known, 0.0)
+                async with declared.places:
+                    await declared.rate.wait()
+                    kind, result, ms = await self._call(declared, arguments, turn)
+                if cache is not None and key is not None and not kind:
+                    cache.put(key, result)
+                return self._observation(declared, call, kind, result, ms)
 
-    async def _call(self, declared: DeclaredTool, call: ToolCall, arguments: dict[str, Any], turn: int) -> Observation:
-        started = time.monotonic()
-        own = DeadlineExceeded("", 0.0)
-        kind: ErrorKind = ""
-        try:
-            instance = await self._opened(declared)
-            self._contexts[declared.name].turn = turn
-            try:
-                async with deadline(declared.limits.timeout_s, f"tool:{declared.name}"):
-                    try:
-                        value = await instance.call(arguments)
-                    except DeadlineExceeded as error:  # the tool's own, not ours
-                        raise ToolInfraError(f"tool `{declared.name}`: {error}") from error
-            except DeadlineExceeded as error:
-                own = error
-                raise
-            result = as_result(value)
-        except ToolError as error:
-            kind, result = "tool", ToolResult(text=f"Error: {error}")
-        except DeadlineExceeded as error:
-            if error is not own:
-                declared.stats.record_infra(error, _ms(started))
-                raise ToolInfraError(f"tool `{declared.name}` did not open: {error}") from error
-            kind = "timeout"
-            result = ToolResult(text=f"Error: {declared.name} did not finish within {declared.limits.timeout_s:g} s")
-        except ToolInfraError as error:
-            declared.stats.record_infra(error, _ms(started))
-            raise
-        except Exception as error:  # noqa: BLE001  # a tool is foreign code; classified here, once
-            declared.stats.record_infra(error, _ms(started))
-            raise ToolInfraError(f"tool `{declared.name}` raised {type(error).__name__}: {error}") from error
-        declared.stats.record("ok" if not kind else "model_errors" if kind == "tool" else "timeouts", _ms(started))
+    def _cache_of(self, declared: DeclaredTool, call: ToolCall) -> tuple[str | None, ResultCache | None]:
+        """The cache of the asked scope, and the key of this call in it."""
+        limits = declared.limits.cache
+        if limits is None:
+            return None, None
+        kwargs: Mapping[str, Any] = self._task.tools_kwargs.get(declared.name) or {}
+        key = cache_key(call.arguments, kwargs, self._task.ground_truth if declared.oracle else None)
+        return key, declared.cache if limits.scope == "process" else self._caches[declared.name]
+
+    def _observation(self, declared: DeclaredTool, call: ToolCall, kind: ErrorKind, result: ToolResult, ms: float) -> Observation:
         return Observation(
             name=declared.name,
             text=self._shortened(result.text, declared.limits),
@@ -364,9 +310,48 @@ class ToolSession:
             error_kind=kind,
             arguments=call.arguments,
             raw=call.raw,
-            ms=_ms(started),
+            ms=ms,
             reward=result.reward,
         )
+
+    async def _call(self, declared: DeclaredTool, arguments: dict[str, Any], turn: int) -> tuple[ErrorKind, ToolResult, float]:
+        """One call, counted. The place where an error becomes the model's or the infrastructure's."""
+        started = time.monotonic()
+        try:
+            kind, result = await self._classified(declared, arguments, turn)
+        except ToolInfraError as error:
+            declared.stats.record_infra(error, _ms(started))
+            raise
+        declared.stats.record("ok" if not kind else "model_errors" if kind == "tool" else "timeouts", _ms(started))
+        return kind, result, _ms(started)
+
+    async def _classified(self, declared: DeclaredTool, arguments: dict[str, Any], turn: int) -> tuple[ErrorKind, ToolResult]:
+        timeout_s = declared.limits.timeout_s
+        try:
+            instance = await self._opened(declared)
+        except DeadlineExceeded as error:
+            raise ToolInfraError(f"tool `{declared.name}` did not open: {error}") from error
+        except RolloutError:
+            raise
+        except Exception as error:  # noqa: BLE001  # a tool is foreign code; classified here, once
+            raise ToolInfraError(f"tool `{declared.name}` raised {type(error).__name__}: {error}") from error
+        self._contexts[declared.name].turn = turn
+        failed: list[ToolInfraError] = []
+        try:
+            asked = _attempts(declared, instance, arguments, failed)
+            return "", await bounded(asked, timeout_s, f"tool:{declared.name}")
+        except ToolError as error:
+            return "tool", ToolResult(text=f"Error: {error}")
+        except DeadlineExceeded as error:
+            if failed:  # time ran out over retries, not over the model's call
+                raise failed[-1] from error
+            if declared.limits.on_timeout == "infra":
+                raise ToolInfraError(f"tool `{declared.name}` did not answer within {timeout_s:g} s") from error
+            return "timeout", ToolResult(text=f"Error: {declared.name} did not finish within {timeout_s:g} s")
+        except RolloutError:
+            raise
+        except AgentRLError as error:
+            raise ToolInfraError(f"tool `{declared.name}`: {error}") from error
 
     async def _opened(self, declared: DeclaredTool) -> ToolInstance:
         """The trajectory's instance; a failed ``open`` is an infrastructure failure, and ``close`` still runs."""
@@ -385,8 +370,7 @@ class ToolSession:
         self._instances[declared.name] = instance
         self._stack.push_async_callback(_close, instance, declared.name)
         try:
-            async with deadline(OPEN_TIMEOUT_S, f"tool:{declared.name} open"):
-                await instance.open()
+            await bounded(instance.open(), OPEN_TIMEOUT_S, f"tool:{declared.name} open")
         except ToolError as error:  # nothing the model did opened it
             raise ToolInfraError(f"tool `{declared.name}` did not open: {error}") from error
         return instance
@@ -396,10 +380,44 @@ class ToolSession:
         return text if self._tokenizer is None else cut_to_tokens(self._tokenizer, text, limit, limits.truncate)
 
 
+async def _attempts(
+    declared: DeclaredTool, instance: ToolInstance, arguments: dict[str, Any], failed: list[ToolInfraError]
+) -> ToolResult:
+    """Ask until the tool answers, its retries are used up, or the next would come after the deadline, which is the caller's.
+
+    Args:
+        failed: receives each infrastructure error.
+
+    Raises:
+        ToolError: the model's mistake.
+        ToolInfraError: the last attempt's.
+    """
+    ends_at = asyncio.get_running_loop().time() + declared.limits.timeout_s
+    for attempt in range(declared.limits.retries + 1):
+        try:
+            return as_result(await instance.call(dict(arguments)))
+        except ToolError:
+            raise
+        except ToolInfraError as error:
+            failed.append(error)
+        except Exception as error:  # noqa: BLE001  # a tool is foreign code; classified here, once
+            cause = str(error) if isinstance(error, DeadlineExceeded) else f"raised {type(error).__name__}: {error}"
+            failed.append(ToolInfraError(f"tool `{declared.name}` {cause}"))
+            failed[-1].__cause__ = error
+        pause_s = backoff_s(attempt, _JITTER)
+        if isinstance(failed[-1], ToolBusy) and failed[-1].retry_after_s is not None:
+            pause_s = failed[-1].retry_after_s
+            declared.rate.pause(pause_s)
+        if attempt == declared.limits.retries or asyncio.get_running_loop().time() + pause_s >= ends_at:
+            break
+        declared.stats.retries += 1
+        await asyncio.sleep(pause_s)
+    raise failed[-1]
+
+
 async def _close(instance: ToolInstance, name: str) -> None:
     try:
-        async with deadline(CLOSE_TIMEOUT_S, f"tool:{name} close"):
-            await instance.close()
+        await bounded(instance.close(), CLOSE_TIMEOUT_S, f"tool:{name} close")
     except Exception as error:  # noqa: BLE001  # the rollout's outcome stands; a leak is worth a warning
         logger.warning("tool_close_failed tool=%s: %s: %s. Its resources may leak", name, type(error).__name__, error)
 

@@ -13,5 +13,16 @@ def setup_logging(role: str, level: str) -> None:
         format=f"%(asctime)s {role} %(levelname)s %(name)s: %(message)s",
         datefmt="%H:%M:%S",
     )
-    for noisy in ("httpx", "httpcore", "uvicorn.access", "asyncio", "urllib3", "transformers", "torch", "filelock"):
+    for noisy in (
+        "httpx",
+        "httpx2",
+        "httpcore",
+        "mcp",
+        "uvicorn.access",
+        "asyncio",
+        "urllib3",
+        "transformers",
+        "torch",
+        "filelock",
+    ):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -68,6 +68,12 @@ CHAPTERS: Sequence[Chapter] = (
         Metric(f"num_turns/{SPREAD}", "Generations per trajectory.", "mean falling to 1: the model stopped using its tools"),
         Metric(f"tool_call_counts/{SPREAD}", "Tool calls per trajectory.", "mean falling to 0"),
         Metric("tools/failure_frequency", "Share of tool calls that did not succeed.", "rising"),
+        Metric("tools/<name>/calls", "Calls of one tool since the last step, over all serve processes; the counts and rates below likewise."),
+        Metric("tools/<name>/infra_error_rate", "Share of them that failed outside the model's control. These rollouts are not trained on.", "above 0.05: repair the tool's service; see `max_infra_error_rate`"),
+        Metric("tools/<name>/{model_error_rate,timeout_rate}", "Share of them that the model got wrong, or that ran too long.", "rising"),
+        Metric("tools/<name>/{retries,cache_hits}", "Attempts that were repeated, and calls answered from the cache."),
+        Metric("tools/<name>/p99_ms", "99th percentile of the latest calls' time, of the slowest process.", "near the tool's `timeout_s`"),
+        Metric("tools/<name>/circuit_open", "1 while new rollouts wait for this tool.", "ever 1"),
         Metric("agentrl/stop/<reason>", "Share of trajectories that ended for this reason.", "`deadline`, `aborted` or `error:…` above a few percent"),
     )),
     Chapter("The policy's update", (

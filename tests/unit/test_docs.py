@@ -29,7 +29,7 @@ def test_commands_in_shell_blocks_exist(page: Path) -> None:
     blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", page.read_text(), re.DOTALL)
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
     for line in lines:
-        match = re.match(r"(?:\.venv/bin/)?agentrl ((?:data |config )?[\w-]+)", line)
+        match = re.match(r"(?:\.venv/bin/)?agentrl ((?:data |config |tools )?[\w-]+)", line)
         if match:
             result = runner.invoke(app, [*match[1].split(), "--help"])
             assert result.exit_code == 0, f"{page.name}: {line}: {result.output}"
