@@ -93,7 +93,11 @@ def _learn(config: Config, directory: RunDir) -> None:
         learner = build_learner(config, team=team)
         on_stage = None if status is None else lambda _: status.does("checkpoint")
         checkpoints = Checkpoints(directory.checkpoints, keep=config.learn.keep, on_stage=on_stage)
-        publisher = WeightPublisher(directory.weights)
+        publisher = WeightPublisher(
+            directory.weights,
+            full_every=config.learn.publish_full_every if config.learn.publish == "delta" else 1,
+            scratch=config.learn.publish_scratch,
+        )
         batches = BatchBuilder(
             groups_per_step=config.learn.groups,
             max_staleness=config.learn.max_staleness,

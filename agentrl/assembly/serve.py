@@ -59,6 +59,7 @@ from agentrl.serving.engine_process import (
 from agentrl.serving.load_policy import ConcurrencyPolicy
 from agentrl.serving.server_manager import AsyncLLMServerManager
 from agentrl.serving.servers_api import serving_servers_api
+from agentrl.serving.snapshot_store import SnapshotStore
 from agentrl.serving.weight_reconciler import PolicyProblem, WeightReconciler
 from agentrl.stream.connection import check_server, connect, connect_async
 from agentrl.stream.fingerprint import check_fingerprint
@@ -75,6 +76,8 @@ log = logging.getLogger(__name__)
 ENGINE_ROLE = "engine-"
 STATUS_EVERY_S = 1.0
 DRAIN_LIMIT_S = 60.0
+SNAPSHOT_CACHE = ".full"
+"""Below the run's weights: full snapshots put together from deltas."""
 
 
 def main(config: Config) -> None:
@@ -133,6 +136,7 @@ async def _rollouts(config: Config, directory: RunDir) -> AsyncGenerator[tuple[R
                 reconciler = WeightReconciler(
                     manager, read_policy=partial(read_policy, client, keys), mode=config.serve.weight_sync,
                     on_update=lambda update: directory.event("weights_updated", **asdict(update)),
+                    prepare=SnapshotStore(directory.weights / SNAPSHOT_CACHE).full,
                     on_problem=lambda problem: _note_problem(directory, problem),
                 )  # fmt: skip
                 meter, progress = _TokenMeter(), ServeProgress()

@@ -107,6 +107,7 @@ class WeightReconciler:
         control_timeout_s: limit of each other call (pause, continue, ``/model_info``).
         drain_timeout_s: ``rolling`` waits this long for a server's requests, then moves them elsewhere.
         backoff_s: pause after a server's first failed update, doubled up to ``max_backoff_s``.
+        prepare: turns a record into one with full weights that the engines can read; may block, runs in a thread.
         check_files: compare the weight files with the record's digest, once per record.
         rollback_after: failed updates of every server after which a record is given up for the previous one.
         retry_s: pause before a record that was given up is tried on one server, doubled each time up to ``max_retry_s``.
@@ -127,6 +128,7 @@ class WeightReconciler:
         drain_timeout_s: float = 60.0,
         backoff_s: float = 0.25,
         max_backoff_s: float = 10.0,
+        prepare: Callable[[PolicyRecord], PolicyRecord] | None = None,
         check_files: bool = True,
         rollback_after: int = 2,
         retry_s: float = 5.0,
@@ -144,7 +146,7 @@ class WeightReconciler:
         self._drain_timeout_s = drain_timeout_s
         self._backoff_s = backoff_s
         self._max_backoff_s = max_backoff_s
-        self._check_files = check_files
+        self._prepare, self._check_files = prepare, check_files
         self._rollback_after = rollback_after
         self._retry_s, self._max_retry_s = retry_s, max_retry_s
         self._on_update, self._on_problem = on_update, on_problem
@@ -199,8 +201,9 @@ class WeightReconciler:
         async with asyncio.TaskGroup() as group:
             while True:
                 record = await self._read()
-                if record is not None and self._is_newer(record) and await self._is_usable(record):
-                    self._adopt(record)
+                usable = await self._usable(record) if record is not None and self._is_newer(record) else None
+                if usable is not None:
+                    self._adopt(usable)
                 self._try_again_what_was_given_up()
                 for url in self._due():
                     self._updating.add(url)
@@ -225,15 +228,19 @@ class WeightReconciler:
         """Servers never go back: not to an older epoch, nor by themselves to an older version of the same epoch."""
         return self._newest is None or _order(record) > _order(self._newest)
 
-    async def _is_usable(self, record: PolicyRecord) -> bool:
-        """Whether the files are there and are what was announced. A refused record is looked at again after a while."""
+    async def _usable(self, record: PolicyRecord) -> PolicyRecord | None:
+        """The record with full weights, if the files are there and are what was announced. A refused one is looked at again
+        after a while."""
         now, refused = asyncio.get_running_loop().time(), self._refused
         if refused is not None and refused.record == record and now < refused.not_before:
-            return False
+            return None
+        usable = record
         try:
-            if record.kind != "full":
+            if self._prepare is not None:
+                usable = await asyncio.to_thread(self._prepare, record)
+            if usable.kind != "full":
                 raise WeightSyncError(f"policy {record.label} has kind {record.kind!r}: not supported yet. Publish full weights.")
-            if self._check_files:
+            if self._check_files and usable is record:  # what was prepared was checked
                 found = await asyncio.to_thread(weights_digest, record.path)
                 if found != record.digest:
                     raise WeightSyncError(
@@ -247,8 +254,8 @@ class WeightReconciler:
             wait_s = min(self._backoff_s * 2 ** (tries - 1), self._max_backoff_s)
             self._refused = _Failed(record, str(error), tries, now + wait_s)
             self._say(self._refused)
-            return False
-        return True
+            return None
+        return usable
 
     def _adopt(self, record: PolicyRecord) -> None:
         """Switch the required label and mark every server as updating, without an await between: nothing is unroutable."""
