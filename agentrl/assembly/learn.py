@@ -97,6 +97,7 @@ def _learn(config: Config, directory: RunDir) -> None:
             directory.weights,
             full_every=config.learn.publish_full_every if config.learn.publish == "delta" else 1,
             scratch=config.learn.publish_scratch,
+            adapters_only=config.learn.lora is not None and config.learn.lora.publish == "adapter",
         )
         batches = BatchBuilder(
             groups_per_step=config.learn.groups,

@@ -247,6 +247,9 @@ class LoraConfig(Section):
     """Scale times rank; default twice the rank."""
     targets: list[str] = []
     """Linear layers by name, such as ``q_proj``; empty: all but the LM head."""
+    publish: Literal["merged", "adapter"] = "merged"
+    """``merged`` publishes whole weights, which every engine loads. ``adapter`` publishes the adapter alone: SGLang (started with
+    ``--enable-lora``) loads it beside the one in use without a pause, embedded engines merge it into ``model.path``."""
 
 
 class LearnConfig(Section):

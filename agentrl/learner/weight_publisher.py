@@ -44,15 +44,25 @@ class WeightPublisher:
         keep: snapshots kept, at least 2, so that a server still loading the previous one finishes, and can go back to it. What a
             kept delta builds on is kept too.
         full_every: a full snapshot at least this often, deltas in between where they pay; 1 publishes full ones only.
-        scratch: for the last full weights, when it was a delta that was published; default: beside the snapshots.
+        scratch: for the last full weights, when it was a delta or an adapter that was published; default: beside the snapshots.
+        adapters_only: publish the LoRA adapter that the learner exports, not the merged weights.
     """
 
-    def __init__(self, directory: str | Path, *, keep: int = 3, full_every: int = 1, scratch: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        keep: int = 3,
+        full_every: int = 1,
+        scratch: str | Path | None = None,
+        adapters_only: bool = False,
+    ) -> None:
         if keep < 2:
             raise ValueError(f"keep={keep} snapshots is too few: a server may still be loading the previous one. Use 2 or more.")
         self.directory = Path(directory).absolute()
         self._keep, self._full_every = keep, full_every
         self._scratch = Path(scratch).absolute() if scratch else self.directory / ".scratch"
+        self._adapters_only = adapters_only
         self._last: PolicyRecord | None = None
         self._since_full = 0
         self.full_snapshot: Path | None = None
@@ -63,10 +73,11 @@ class WeightPublisher:
         version = learner.policy_version
         final = self.directory / f"e{run_epoch}-v{version:08d}"
         is_delta = self._may_be_delta(run_epoch) and not final.exists()
-        temporary = self._scratch / f".{final.name}.tmp" if is_delta else self.directory / f".{final.name}.tmp"
+        in_scratch = is_delta or self._adapters_only
+        temporary = (self._scratch if in_scratch else self.directory) / f".{final.name}.tmp"
         if learner.team.is_main:
             self.directory.mkdir(parents=True, exist_ok=True)
-            if self._full_every > 1:
+            if self._full_every > 1 or self._adapters_only:
                 self._scratch.mkdir(parents=True, exist_ok=True)
                 for leftover in self._scratch.glob("*e*-v*") if self._last is None else ():  # of a learner that was killed
                     shutil.rmtree(leftover, ignore_errors=True)
@@ -74,11 +85,14 @@ class WeightPublisher:
         learner.export(temporary)
         record = PolicyRecord(run_epoch=run_epoch, version=version, kind="full", path=str(final), digest="")
         if learner.team.is_main:
-            record = replace(record, digest=weights_digest(temporary))
-            if final.exists():
+            record = replace(record, digest="" if self._adapters_only else weights_digest(temporary))
+            if self._adapters_only:
+                record = self._place_adapter(record, temporary, final)
+            elif final.exists():
                 # Same epoch and version can only mean the same weights (publishing twice); never change a published file.
                 return self._published_before(record, temporary, final)
-            record = self._place_delta(record, temporary, final) if is_delta else self._place_full(record, temporary, final)
+            else:
+                record = self._place_delta(record, temporary, final) if is_delta else self._place_full(record, temporary, final)
             self._prune()
         self._last = record
         self._since_full = 0 if record.kind == "full" else self._since_full + 1
@@ -86,7 +100,12 @@ class WeightPublisher:
 
     def _may_be_delta(self, run_epoch: int) -> bool:
         last = self._last
-        return last is not None and last.run_epoch == run_epoch and self._since_full + 1 < self._full_every
+        return (
+            not self._adapters_only
+            and last is not None
+            and last.run_epoch == run_epoch
+            and self._since_full + 1 < self._full_every
+        )
 
     def _published_before(self, record: PolicyRecord, temporary: Path, final: Path) -> PolicyRecord:
         delta = read_delta(final)
@@ -121,6 +140,17 @@ class WeightPublisher:
             shutil.rmtree(self.full_snapshot, ignore_errors=True)
         self.full_snapshot = final
         return record
+
+    def _place_adapter(self, record: PolicyRecord, temporary: Path, final: Path) -> PolicyRecord:
+        """Publish the adapter; the merged weights are for checkpoints."""
+        if not final.exists():
+            staged = self.directory / f".{final.name}.tmp"
+            shutil.rmtree(staged, ignore_errors=True)
+            shutil.copytree(temporary / "adapter", staged)
+            sync_tree(staged)
+            move_into_place(staged, final)
+        self._keep_in_scratch(temporary, final.name)
+        return replace(record, kind="lora", digest=weights_digest(final))
 
     def _place_delta(self, record: PolicyRecord, temporary: Path, final: Path) -> PolicyRecord:
         """Publish what changed, or everything where that is not much more."""

@@ -252,9 +252,12 @@ class AsyncLLMServerManager(Generator):
         """The update did not begin after all: the server serves what it served."""
         self._fleet.get(url).installing = None
 
-    def set_verified(self, url: str, label: str) -> None:
-        """The server was asked and reports exactly ``label``: it may take traffic if that is what is required."""
-        self._fleet.set_verified(url, label)
+    def set_verified(self, url: str, label: str, *, adapter: str | None = None) -> None:
+        """The server was asked and reports exactly ``label``: it may take traffic if that is what is required.
+
+        ``adapter`` names the LoRA adapter that its requests must ask for.
+        """
+        self._fleet.set_verified(url, label, adapter=adapter)
 
     def quarantine(self, url: str, reason: str) -> None:
         """Keep a server out until ``set_verified``; its requests continue elsewhere with the tokens that are legal."""
@@ -370,6 +373,7 @@ class AsyncLLMServerManager(Generator):
                     rid=uuid4().hex,
                     into=visit.piece,
                     cache_namespace=namespace,
+                    adapter=server.adapter,
                 )
         except EngineRejected:
             server.totals.errors += 1

@@ -16,6 +16,11 @@ server failed at it several times and none holds it, the newest record of the sa
 installed again (``_roll_back``), so that generation goes on under a truthful label; the failed one is then tried on one server
 at a time, with backoff, until it holds or a newer one is announced. ``problem`` says so for as long as it lasts.
 
+LoRA policies (kind ``lora``, a peft directory) need no pause on SGLang: the adapter is loaded beside the one in use under the
+policy's label, new requests ask for it by name, requests in flight end with the one they began with. The server's
+``weight_version`` is set to the same label, so that a restarted engine shows. The embedded engine merges the adapter into its
+starting weights when it loads the directory, like any other update.
+
 Cache: in ``in_place`` requests that are held keep their keys and values of the old weights; the manager's per-version
 cache namespaces keep later requests away from them. Every other update flushes the cache. ``in_place`` applies to
 servers in rotation; one that is out of it (new, restarted, quarantined) is paused with ``retract`` and flushed.
@@ -161,6 +166,8 @@ class WeightReconciler:
         """The server that tries what was given up."""
         self._doubtful: dict[str, int] = {}
         """Url -> incarnation whose last update failed: its label says nothing of its weights."""
+        self._adapters: dict[str, list[str]] = {}
+        """Url -> adapters that were loaded there, oldest first."""
         self._problem: PolicyProblem | None = None
         self.num_rollbacks = 0
         self._updating: set[str] = set()
@@ -238,8 +245,8 @@ class WeightReconciler:
         try:
             if self._prepare is not None:
                 usable = await asyncio.to_thread(self._prepare, record)
-            if usable.kind != "full":
-                raise WeightSyncError(f"policy {record.label} has kind {record.kind!r}: not supported yet. Publish full weights.")
+            if usable.kind == "delta":
+                raise WeightSyncError(f"policy {record.label} is a delta, and nothing here puts full weights together.")
             if self._check_files and usable is record:  # what was prepared was checked
                 found = await asyncio.to_thread(weights_digest, record.path)
                 if found != record.digest:
@@ -384,6 +391,8 @@ class WeightReconciler:
             elif not await self._has_files(record):
                 self._manager.cancel_update(url)
                 return
+            elif record.kind == "lora" and not client.is_embedded:
+                await self._load_adapter(client, record)
             elif is_first or self._mode != "rolling":
                 paused_s = await self._update_paused(client, record, is_first=is_first)
             else:
@@ -395,7 +404,12 @@ class WeightReconciler:
         if problem:
             self._failed(url, record, problem)
         else:
-            self._succeeded(url, record)
+            is_adapter = record.kind == "lora" and not client.is_embedded
+            self._succeeded(url, record, adapter=record.label if is_adapter else None)
+            if is_adapter:
+                names = self._adapters.setdefault(url, [])
+                self._adapters[url] = [*(name for name in names if name != record.label), record.label]
+                await self._forget_old_adapters(client)
         self._report(
             WeightUpdate(
                 url=url,
@@ -422,6 +436,8 @@ class WeightReconciler:
         After a failed update only a digest is believed: SGLang can report the old label over new weights.
         """
         info = await client.describe(timeout_s=self._control_timeout_s)
+        if record.kind == "lora" and info.digest is None:
+            return False  # its label says nothing of its adapters, and loading one twice is harmless
         if info.label != record.label or info.digest not in (None, record.digest) or (is_doubtful and info.digest is None):
             return False
         await client.continue_generation(timeout_s=self._control_timeout_s)
@@ -469,6 +485,22 @@ class WeightReconciler:
         )
         _verify(client.url, await client.model_info(timeout_s=self._control_timeout_s), record)
 
+    async def _load_adapter(self, client: SGLangClient, record: PolicyRecord) -> None:
+        """Load it beside the one in use: nothing is paused, and nothing in flight changes."""
+        await client.load_lora_adapter(record.label, record.path, timeout_s=self._update_timeout_s)
+        await client.update_weight_version(record.label, timeout_s=self._control_timeout_s)
+        _verify(client.url, await client.model_info(timeout_s=self._control_timeout_s), record)
+
+    async def _forget_old_adapters(self, client: SGLangClient) -> None:
+        """All but the one in use and the one before, which requests in flight and a rollback may need."""
+        loaded = self._adapters.setdefault(client.url, [])
+        while len(loaded) > _GOOD_KEPT:
+            name = loaded.pop(0)
+            try:
+                await client.unload_lora_adapter(name, timeout_s=self._control_timeout_s)
+            except WeightSyncError as error:
+                log.warning("adapter not unloaded url=%s name=%s error=%s", client.url, name, error)
+
     async def _resume(self, client: SGLangClient) -> None:
         """Never leave a server paused, whatever happened: runs in ``finally``, also during cancellation."""
         try:
@@ -481,10 +513,10 @@ class WeightReconciler:
         if url in self._manager.urls:
             self._manager.quarantine(url, reason)
 
-    def _succeeded(self, url: str, record: PolicyRecord) -> None:
+    def _succeeded(self, url: str, record: PolicyRecord, *, adapter: str | None) -> None:
         self._backoffs.pop(url, None)
         self._doubtful.pop(url, None)
-        self._manager.set_verified(url, record.label)
+        self._manager.set_verified(url, record.label, adapter=adapter)
         self._is_good(record)
         if self._given_up is not None and record == self._given_up.record:
             self._adopt(record)  # it holds after all
