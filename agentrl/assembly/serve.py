@@ -8,9 +8,9 @@ import asyncio
 import logging
 import signal
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import aiohttp
 import uvloop
 
+from agentrl.assembly.adopted_progress import AdoptedProgress
 from agentrl.assembly.parts import (
     build_scorer,
     build_template,
@@ -64,7 +65,7 @@ from agentrl.serving.weight_reconciler import PolicyProblem, WeightReconciler
 from agentrl.stream.connection import check_server, connect, connect_async
 from agentrl.stream.fingerprint import check_fingerprint
 from agentrl.stream.keys import Keys
-from agentrl.stream.policy import Progress, read_policy, read_progress
+from agentrl.stream.policy import read_policy, read_progress
 from agentrl.stream.producer import TrajectoryProducer
 from agentrl.supervise import running
 from agentrl.telemetry.run_dir import RunDir
@@ -149,7 +150,7 @@ async def _rollouts(config: Config, directory: RunDir) -> AsyncGenerator[tuple[R
                 worker = RolloutWorker(
                     task_at=tasks.task,
                     sink=producer,
-                    read_progress=_AdoptedProgress(
+                    read_progress=AdoptedProgress(
                         partial(read_progress, client, keys),
                         reconciler,
                         max_behind=config.learn.max_staleness - config.learn.pipeline_depth,
@@ -178,30 +179,6 @@ async def _rollouts(config: Config, directory: RunDir) -> AsyncGenerator[tuple[R
                 trajectory_log.close()
             await toolbox.aclose()
             await client.aclose()
-
-
-class _AdoptedProgress:
-    """The stream's progress, with room for new groups only once the servers are being brought to that policy.
-
-    The learner's announcement frees places a moment before any server has the new weights. A group started in between would be
-    sampled by the old ones: one version staler than admission counted on. A policy that no server could load is different:
-    the previous one goes on sampling, as long as what it samples stays within ``max_behind`` versions.
-    """
-
-    def __init__(self, read: Callable[[], Awaitable[Progress]], reconciler: WeightReconciler, *, max_behind: int) -> None:
-        self._read, self._reconciler, self._max_behind = read, reconciler, max_behind
-        self._adopted: Progress | None = None
-
-    async def __call__(self) -> Progress:
-        progress = await self._read()
-        target, problem = self._reconciler.announced, self._reconciler.problem
-        if problem is not None and problem.behind > self._max_behind:
-            target = self._reconciler.target
-        if target is not None and (target.run_epoch, target.version) >= (progress.run_epoch, progress.version):
-            self._adopted = progress
-        if self._adopted is None or self._adopted is progress:
-            return progress
-        return replace(progress, consumed_groups=min(progress.consumed_groups, self._adopted.consumed_groups))
 
 
 def rollout_function(
