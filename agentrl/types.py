@@ -234,11 +234,11 @@ class PolicyRecord:
     """Incarnation of the learner; a server never goes back to an older epoch."""
     version: int
     """Optimizer steps behind the weights; 0 is the start."""
-    kind: Literal["full", "lora"] = "full"
+    kind: Literal["full", "delta", "lora"] = "full"
     path: str
-    """Hugging Face directory (safetensors)."""
+    """Hugging Face directory (safetensors); for ``delta`` one with what changed since an earlier snapshot beside it."""
     digest: str
-    """``sha256:<hex>`` over the weight files' bytes, in name order."""
+    """``sha256:<hex>`` over the weight files' bytes, in name order; for ``delta`` of the files that it gives."""
 
     @property
     def label(self) -> str:

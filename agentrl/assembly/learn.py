@@ -119,7 +119,12 @@ def learn_as_rank(config: Config, directory: RunDir, *, should_stop: Callable[[]
         checkpoints = Checkpoints(
             directory.checkpoints, keep=config.learn.keep, best=keep_best(config, directory), on_stage=on_stage
         )
-        publisher = WeightPublisher(directory.weights)
+        publisher = WeightPublisher(
+            directory.weights,
+            full_every=config.learn.publish_full_every if config.learn.publish == "delta" else 1,
+            scratch=config.learn.publish_scratch,
+            adapters_only=config.learn.lora is not None and config.learn.lora.publish == "adapter",
+        )
         batches = BatchBuilder(
             groups_per_step=config.learn.groups,
             max_staleness=config.learn.max_staleness,

@@ -8,9 +8,9 @@ import asyncio
 import logging
 import signal
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ import aiohttp
 import redis.asyncio
 import uvloop
 
+from agentrl.assembly.adopted_progress import AdoptedProgress, counted_on
 from agentrl.assembly.fleet import FleetOwner
 from agentrl.assembly.parts import (
     build_parser,
@@ -63,6 +64,7 @@ from agentrl.serving.engine_process import (
 from agentrl.serving.load_policy import ConcurrencyPolicy
 from agentrl.serving.server_manager import AsyncLLMServerManager
 from agentrl.serving.servers_api import serving_servers_api
+from agentrl.serving.snapshot_store import SnapshotStore
 from agentrl.serving.weight_reconciler import PolicyProblem, WeightReconciler
 from agentrl.stream.connection import check_server, connect, connect_async
 from agentrl.stream.fingerprint import check_fingerprint
@@ -81,6 +83,8 @@ log = logging.getLogger(__name__)
 ENGINE_ROLE = "engine-"
 STATUS_EVERY_S = 1.0
 DRAIN_LIMIT_S = 60.0
+SNAPSHOT_CACHE = ".full"
+"""Below the run's weights: full snapshots put together from deltas."""
 
 
 def main(config: Config) -> None:
@@ -151,11 +155,12 @@ async def _players(config: Config, directory: RunDir) -> AsyncGenerator[Players]
             manager, read_policy=partial(read_policy, client, keys), mode=config.serve.weight_sync,
             on_update=lambda update: directory.event("weights_updated", **asdict(update)),
             on_problem=lambda problem: _note_problem(directory, problem),
+            prepare=SnapshotStore(directory.weights / SNAPSHOT_CACHE).full,
             before_update=owner.announce if owner else None,
         )  # fmt: skip
         servers_api = serving_servers_api(manager, token=run_secret(directory, SERVERS_TOKEN))
         directory.register("serve", url=await stack.enter_async_context(servers_api))
-        served = partial(_served, config, reconciler)
+        served = partial(counted_on, reconciler, max_behind=config.learn.max_staleness - config.learn.pipeline_depth)
         if owner is not None:
             await stack.enter_async_context(running(fleet=owner.run(served)))
         await stack.enter_async_context(running(reconciler=reconciler.run()))
@@ -281,39 +286,6 @@ class _Here:
     def status(self) -> dict[str, Any]:
         fleet = _fleet_status(self._manager, self._reconciler)
         return {**fleet, **rollout_status(self._worker, self._stage, self._manager, self._progress)}
-
-
-def _served(config: Config, reconciler: WeightReconciler) -> tuple[int, int] | None:
-    """Run epoch and version that admission may count on as adopted by the servers.
-
-    A policy that no server could load is different from one that is being loaded: the previous one goes on sampling, as long as
-    what it samples stays within the staleness bound.
-    """
-    problem, record = reconciler.problem, reconciler.announced
-    if problem is not None and problem.behind > config.learn.max_staleness - config.learn.pipeline_depth:
-        record = reconciler.target
-    return (record.run_epoch, record.version) if record is not None else None
-
-
-class AdoptedProgress:
-    """The stream's progress, with room for new groups only once the servers are being brought to that policy.
-
-    The learner's announcement frees places a moment before any server has the new weights. A group started in between would be
-    sampled by the old ones: one version staler than admission counted on. ``served`` is run epoch and version that count as adopted.
-    """
-
-    def __init__(self, read: Callable[[], Awaitable[Progress]], served: Callable[[], tuple[int, int] | None]) -> None:
-        self._read, self._served = read, served
-        self._adopted: Progress | None = None
-
-    async def __call__(self) -> Progress:
-        progress = await self._read()
-        served = self._served()
-        if served is not None and served >= (progress.run_epoch, progress.version):
-            self._adopted = progress
-        if self._adopted is None or self._adopted is progress:
-            return progress
-        return replace(progress, consumed_groups=min(progress.consumed_groups, self._adopted.consumed_groups))
 
 
 def rollout_function(

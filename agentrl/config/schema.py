@@ -263,6 +263,9 @@ class LoraConfig(Section):
     """Scale times rank; default twice the rank."""
     targets: list[str] = []
     """Linear layers by name, such as ``q_proj``; empty: all but the LM head."""
+    publish: Literal["merged", "adapter"] = "merged"
+    """``merged`` publishes whole weights, which every engine loads. ``adapter`` publishes the adapter alone: SGLang (started with
+    ``--enable-lora``) loads it beside the one in use without a pause, embedded engines merge it into ``model.path``."""
 
 
 class KeepBestConfig(Section):
@@ -375,6 +378,14 @@ class LearnConfig(Section):
     """Add gradients up over ranks once per update, or after each micro-batch, which keeps shards only."""
     prefetch: bool = True
     """Read and decode the next batch's groups while this one is trained."""
+    publish: Literal["full", "delta"] = "full"
+    """What each new version is published as: all weights, or only the elements that changed where that is at most half as large.
+    Pays with ``model.dtype=bfloat16`` and small learning rates, when serve reads the weights over a network."""
+    publish_full_every: PositiveInt = 20
+    """With ``publish=delta``, a full snapshot at least this often: a serve that starts reads all deltas since."""
+    publish_scratch: str | None = None
+    """With ``publish=delta``, a folder for the last full weights that only the learner reads; put it on a local disk. Default: beside
+    the published ones."""
     save_every: PositiveInt = 20
     """Steps between checkpoints."""
     keep: Annotated[int, Field(ge=2)] = 2

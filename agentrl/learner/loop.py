@@ -276,7 +276,7 @@ class _Run:
                         "consumed_groups": self._consumed_groups, "totals": dict(self._totals), "run_epoch": self._run_epoch,
                     },
                     consumed=self._unsaved,
-                    weights_from=record.path if record is not None and is_published else None,
+                    weights_from=self._publisher.full_snapshot if is_published else None,
                 )  # fmt: skip
             self._unsaved = []
             self._saved_version = self._learner.policy_version

@@ -149,8 +149,9 @@ class ServerFleet:
         self._required, self._also = label, frozenset(also)
         self.on_change()
 
-    def set_verified(self, url: str, label: str) -> None:
+    def set_verified(self, url: str, label: str, *, adapter: str | None = None) -> None:
         server = self.get(url)
+        server.adapter = adapter
         if server.verified != label or not server.labels:
             server.remember(label)
         server.verified, server.installing, server.quarantine_reason = label, None, ""

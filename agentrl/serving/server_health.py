@@ -24,15 +24,24 @@ class ServerHealth:
         every_s: period.
         timeout_s: limit of one call.
         unhealthy_after: consecutive failed probes after which a server takes nothing and its requests move on.
+        lost_after_s: silence after which a request on a server that reports to be idle is generated elsewhere. Longer than a
+            scheduler may be away from its reports (a long prefill, a compilation).
         concurrency: how to set the servers' request limits from their load reports; None sets none.
     """
 
     def __init__(
-        self, fleet: ServerFleet, *, every_s: float, timeout_s: float, unhealthy_after: int, concurrency: ConcurrencyPolicy | None
+        self,
+        fleet: ServerFleet,
+        *,
+        every_s: float,
+        timeout_s: float,
+        unhealthy_after: int,
+        lost_after_s: float,
+        concurrency: ConcurrencyPolicy | None,
     ) -> None:
         self._fleet = fleet
         self._every_s, self._timeout_s = every_s, timeout_s
-        self._unhealthy_after = unhealthy_after
+        self._unhealthy_after, self._lost_after_s = unhealthy_after, lost_after_s
         self._concurrency = concurrency
 
     async def run(self) -> None:
@@ -97,17 +106,17 @@ class ServerHealth:
     def _correct(self, server: Server, drift: Drift) -> None:
         """Believe the engine where it insists: its other requests count as load, and what it lost is generated elsewhere."""
         if drift.foreign and not server.foreign_requests:
-            log.warning("server has requests that are not ours url=%s count=%d: they count as load", server.url, drift.foreign)
+            log.info("server has requests that are not ours url=%s count=%d: they count as load", server.url, drift.foreign)
             self._fleet.counters["drifts"] += 1
         server.foreign_requests = drift.foreign
         if not drift.missing or server.installing is not None:
             return
-        since = server.counts[-LOOKS].at
-        lost = [visit for visit in server.visits if max(visit.started, visit.piece.last_arrival) < since] if drift.is_idle else []
-        if lost:
+        now = asyncio.get_running_loop().time()
+        since = min(server.counts[-LOOKS].at, now - self._lost_after_s)
+        lost = [visit for visit in server.visits if max(visit.started, visit.piece.last_arrival) < since]
+        if lost and drift.is_idle:
             log.warning("server lost requests url=%s count=%d: they are generated elsewhere", server.url, len(lost))
             self._fleet.counters["drifts"] += 1
-            now = asyncio.get_running_loop().time()
             for visit in lost:
                 visit.evict(now)
             server.counts.clear()

@@ -105,6 +105,7 @@ class AsyncLLMServerManager(Generator):
         probe_every_s: period of the health probes (``/model_info``: instant and live during a pause).
         probe_timeout_s: limit of one probe.
         unhealthy_after: consecutive failed probes after which a server takes nothing and its requests move on.
+        lost_after_s: silence after which a request on a server that reports to be idle is generated elsewhere.
         stall_timeout_s: longest silence of a stream before the request moves on; None leaves it to the caller's
             deadline. It must exceed the longest queueing time and weight update.
         connect_timeout_s: limit for opening a connection.
@@ -130,6 +131,7 @@ class AsyncLLMServerManager(Generator):
         probe_every_s: float = 1.0,
         probe_timeout_s: float = 5.0,
         unhealthy_after: int = 3,
+        lost_after_s: float = 30.0,
         stall_timeout_s: float | None = None,
         connect_timeout_s: float = 10.0,
         stream_interval: int | None = None,
@@ -172,6 +174,7 @@ class AsyncLLMServerManager(Generator):
             every_s=probe_every_s,
             timeout_s=probe_timeout_s,
             unhealthy_after=unhealthy_after,
+            lost_after_s=lost_after_s,
             concurrency=concurrency,
         )
         self._counters = self._fleet.counters
@@ -261,9 +264,12 @@ class AsyncLLMServerManager(Generator):
         """The update did not begin after all: the server serves what it served."""
         self._fleet.get(url).installing = None
 
-    def set_verified(self, url: str, label: str) -> None:
-        """The server was asked and reports exactly ``label``: it may take traffic if that is what is required."""
-        self._fleet.set_verified(url, label)
+    def set_verified(self, url: str, label: str, *, adapter: str | None = None) -> None:
+        """The server was asked and reports exactly ``label``: it may take traffic if that is what is required.
+
+        ``adapter`` names the LoRA adapter that its requests must ask for.
+        """
+        self._fleet.set_verified(url, label, adapter=adapter)
 
     def quarantine(self, url: str, reason: str) -> None:
         """Keep a server out until ``set_verified``; its requests continue elsewhere with the tokens that are legal."""
@@ -379,6 +385,7 @@ class AsyncLLMServerManager(Generator):
                     rid=uuid4().hex,
                     into=visit.piece,
                     cache_namespace=namespace,
+                    adapter=server.adapter,
                 )
         except EngineRejected:
             server.totals.errors += 1

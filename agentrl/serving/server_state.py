@@ -152,6 +152,8 @@ class Server:
     totals: Totals
     incarnation: int
     verified: str | None = None
+    adapter: str | None = None
+    """LoRA adapter that requests ask for, where the policy is one; named like its label."""
     installing: str | None = None
     quarantine_reason: str = ""
     unhealthy_reason: str = ""

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import uvicorn
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -82,9 +82,9 @@ def create_servers_api(manager: AsyncLLMServerManager, *, token: str) -> FastAPI
             return JSONResponse({"error": "missing or wrong bearer token"}, 401)
         return await call_next(request)
 
-    @app.exception_handler(KeyError)
-    async def _unknown(_: Request, error: Exception) -> Response:
-        return JSONResponse({"error": str(error.args[0])}, 404)
+    def check_known(url: str) -> None:
+        if url not in manager.urls:
+            raise HTTPException(404, f"{url} is not among the servers {manager.urls}; add it first")
 
     def listing() -> dict[str, Any]:
         servers = [_finite(asdict(stats)) for stats in manager.stats()]
@@ -103,18 +103,20 @@ def create_servers_api(manager: AsyncLLMServerManager, *, token: str) -> FastAPI
 
     @app.delete("/servers")
     async def _remove(body: UrlBody) -> dict[str, Any]:
-        manager.client(body.url)  # unknown ones are an error here
+        check_known(body.url)
         manager.remove_server(body.url)
         return listing()
 
     @app.post("/servers/drain")
     async def _drain(body: DrainBody) -> dict[str, Any]:
+        check_known(body.url)
         manager.drain(body.url)
         idle = await manager.wait_drained(body.url, timeout_s=body.wait_s) if body.wait_s else None
         return {"idle": idle, **listing()}
 
     @app.post("/servers/undrain")
     async def _undrain(body: UrlBody) -> dict[str, Any]:
+        check_known(body.url)
         manager.undrain(body.url)
         return listing()
 

@@ -142,6 +142,7 @@ class SGLangClient:
         rid: str,
         into: PartialGeneration | None = None,
         cache_namespace: str | None = None,
+        adapter: str | None = None,
     ) -> PartialGeneration:
         """Stream one generation; cancelling it closes the connection, at which the server aborts the request.
 
@@ -151,6 +152,7 @@ class SGLangClient:
             rid: request id, of fixed length: SGLang aborts by prefix.
             into: receives tokens as they arrive, so that they outlive an exception.
             cache_namespace: requests of different namespaces share no prefix cache.
+            adapter: name of a loaded LoRA adapter. One request uses one adapter to its end, so its name is every token's label.
 
         Raises:
             EngineRejected: no server would take this request.
@@ -159,13 +161,13 @@ class SGLangClient:
         """
         partial = PartialGeneration() if into is None else into
         self._check_ids(ids)
-        body = orjson.dumps(self._generate_body(ids, sampling, rid, cache_namespace), option=orjson.OPT_SERIALIZE_NUMPY)
+        body = orjson.dumps(self._generate_body(ids, sampling, rid, cache_namespace, adapter), option=orjson.OPT_SERIALIZE_NUMPY)
         try:
             async with self._session.post(
                 f"{self.url}/generate", data=body, headers=self._headers, timeout=self._generate_timeout
             ) as response:
                 if response.status != 200:
-                    raise _refusal(self.url, response.status, await response.text())
+                    raise _refusal(self.url, response.status, await response.text(), adapter)
                 if response.content_type == "application/json":
                     self._take(orjson.loads(await response.read()), partial)
                 else:
@@ -180,6 +182,9 @@ class SGLangClient:
                 f"{self.url} sent a chunk that is not SGLang's ({error!r}) after {len(partial)} tokens of request {rid}. "
                 "Check that the url is an SGLang or embedded engine."
             ) from error
+        finally:
+            if adapter is not None:
+                partial.labels[:] = [adapter] * len(partial)
         if partial.finish is None:
             raise EngineUnavailable(
                 f"{self.url} ended the stream of request {rid} after {len(partial)} tokens without a finish reason."
@@ -198,7 +203,7 @@ class SGLangClient:
                 )
 
     def _generate_body(
-        self, ids: Sequence[int], sampling: SamplingParams, rid: str, cache_namespace: str | None
+        self, ids: Sequence[int], sampling: SamplingParams, rid: str, cache_namespace: str | None, adapter: str | None
     ) -> dict[str, Any]:
         params: dict[str, Any] = {
             "max_new_tokens": sampling.max_new_tokens,
@@ -223,6 +228,8 @@ class SGLangClient:
         }
         if cache_namespace is not None:
             body["extra_key"] = cache_namespace
+        if adapter is not None:
+            body["lora_path"] = adapter
         return body
 
     def _take(self, chunk: Mapping[str, Any], partial: PartialGeneration) -> None:
@@ -324,6 +331,29 @@ class SGLangClient:
         answer = await self._control("POST", "/update_weights_from_disk", body, timeout_s=timeout_s)
         if not answer.get("success", False):
             raise WeightSyncError(f"{self.url} did not load {path}: {answer.get('message')}")
+
+    async def load_lora_adapter(self, name: str, path: str, *, timeout_s: float) -> None:
+        """Load the peft directory ``path`` beside what is served; a name that is loaded already is left as it is.
+
+        Raises:
+            WeightSyncError: the server refused, was started without ``--enable-lora``, or could not be reached.
+        """
+        status, text = await self._call("POST", "/load_lora_adapter", {"lora_name": name, "lora_path": path}, timeout_s=timeout_s)
+        answer = _json_object(self.url, text) if text.strip().startswith("{") else {}
+        if not answer.get("success", False) and name not in (answer.get("loaded_adapters") or ()):
+            raise WeightSyncError(
+                f"{self.url} did not load the adapter {name} from {path} (status {status}): {text[:_ERROR_TEXT_LIMIT]}. "
+                "SGLang needs --enable-lora, --max-lora-rank and --lora-target-modules that fit."
+            )
+
+    async def unload_lora_adapter(self, name: str, *, timeout_s: float) -> None:
+        """Forget an adapter; the server waits for the requests that use it."""
+        await self._control("POST", "/unload_lora_adapter", {"lora_name": name}, timeout_s=timeout_s)
+
+    async def update_weight_version(self, label: str, *, timeout_s: float) -> None:
+        """Report ``label`` from now on; requests go on."""
+        body = {"new_version": label, "abort_all_requests": False}
+        await self._control("POST", "/update_weight_version", body, timeout_s=timeout_s)
 
     async def is_ready(self, *, timeout_s: float) -> bool:
         """``/ready``: up and not paused. False when it cannot be reached."""
@@ -440,8 +470,10 @@ def _json_object(url: str, text: str) -> dict[str, Any]:
     return cast("dict[str, Any]", value)
 
 
-def _refusal(url: str, status: int, text: str) -> GenerationError:
+def _refusal(url: str, status: int, text: str, adapter: str | None = None) -> GenerationError:
     message = f"{url} answered {status}: {text[:_ERROR_TEXT_LIMIT]}"
+    if adapter is not None and adapter in text:  # it does not have the adapter (any more): another server may
+        return EngineUnavailable(message)
     if status in _REFUSED_FOR_GOOD:
         return EngineRejected(f"{message}. The request itself is wrong; compare the run's limits with the engine's.")
     return EngineBusy(message) if status in _BUSY else EngineUnavailable(message)

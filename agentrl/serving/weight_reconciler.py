@@ -16,6 +16,11 @@ server failed at it several times and none holds it, the newest record of the sa
 installed again (``_roll_back``), so that generation goes on under a truthful label; the failed one is then tried on one server
 at a time, with backoff, until it holds or a newer one is announced. ``problem`` says so for as long as it lasts.
 
+LoRA policies (kind ``lora``, a peft directory) need no pause on SGLang: the adapter is loaded beside the one in use under the
+policy's label, new requests ask for it by name, requests in flight end with the one they began with. The server's
+``weight_version`` is set to the same label, so that a restarted engine shows. The embedded engine merges the adapter into its
+starting weights when it loads the directory, like any other update.
+
 Cache: in ``in_place`` requests that are held keep their keys and values of the old weights; the manager's per-version
 cache namespaces keep later requests away from them. Every other update flushes the cache. ``in_place`` applies to
 servers in rotation; one that is out of it (new, restarted, quarantined) is paused with ``retract`` and flushed.
@@ -107,6 +112,7 @@ class WeightReconciler:
         control_timeout_s: limit of each other call (pause, continue, ``/model_info``).
         drain_timeout_s: ``rolling`` waits this long for a server's requests, then moves them elsewhere.
         backoff_s: pause after a server's first failed update, doubled up to ``max_backoff_s``.
+        prepare: turns a record into one with full weights that the engines can read; may block, runs in a thread.
         check_files: compare the weight files with the record's digest, once per record.
         rollback_after: failed updates of every server after which a record is given up for the previous one.
         retry_s: pause before a record that was given up is tried on one server, doubled each time up to ``max_retry_s``.
@@ -128,6 +134,7 @@ class WeightReconciler:
         drain_timeout_s: float = 60.0,
         backoff_s: float = 0.25,
         max_backoff_s: float = 10.0,
+        prepare: Callable[[PolicyRecord], PolicyRecord] | None = None,
         check_files: bool = True,
         rollback_after: int = 2,
         retry_s: float = 5.0,
@@ -146,7 +153,7 @@ class WeightReconciler:
         self._drain_timeout_s = drain_timeout_s
         self._backoff_s = backoff_s
         self._max_backoff_s = max_backoff_s
-        self._check_files = check_files
+        self._prepare, self._check_files = prepare, check_files
         self._rollback_after = rollback_after
         self._retry_s, self._max_retry_s = retry_s, max_retry_s
         self._on_update, self._on_problem, self._before_update = on_update, on_problem, before_update
@@ -161,6 +168,8 @@ class WeightReconciler:
         """The server that tries what was given up."""
         self._doubtful: dict[str, int] = {}
         """Url -> incarnation whose last update failed: its label says nothing of its weights."""
+        self._adapters: dict[str, list[str]] = {}
+        """Url -> adapters that were loaded there, oldest first."""
         self._problem: PolicyProblem | None = None
         self.num_rollbacks = 0
         self._updating: set[str] = set()
@@ -201,10 +210,11 @@ class WeightReconciler:
         async with asyncio.TaskGroup() as group:
             while True:
                 record = await self._read()
-                if record is not None and self._is_newer(record) and await self._is_usable(record):
+                usable = await self._usable(record) if record is not None and self._is_newer(record) else None
+                if usable is not None:
                     if self._before_update is not None:
-                        await self._before_update(record)
-                    self._adopt(record)
+                        await self._before_update(usable)
+                    self._adopt(usable)
                 self._try_again_what_was_given_up()
                 for url in self._due():
                     self._updating.add(url)
@@ -229,15 +239,19 @@ class WeightReconciler:
         """Servers never go back: not to an older epoch, nor by themselves to an older version of the same epoch."""
         return self._newest is None or _order(record) > _order(self._newest)
 
-    async def _is_usable(self, record: PolicyRecord) -> bool:
-        """Whether the files are there and are what was announced. A refused record is looked at again after a while."""
+    async def _usable(self, record: PolicyRecord) -> PolicyRecord | None:
+        """The record with full weights, if the files are there and are what was announced. A refused one is looked at again
+        after a while."""
         now, refused = asyncio.get_running_loop().time(), self._refused
         if refused is not None and refused.record == record and now < refused.not_before:
-            return False
+            return None
+        usable = record
         try:
-            if record.kind != "full":
-                raise WeightSyncError(f"policy {record.label} has kind {record.kind!r}: not supported yet. Publish full weights.")
-            if self._check_files:
+            if self._prepare is not None:
+                usable = await asyncio.to_thread(self._prepare, record)
+            if usable.kind == "delta":
+                raise WeightSyncError(f"policy {record.label} is a delta, and nothing here puts full weights together.")
+            if self._check_files and usable is record:  # what was prepared was checked
                 found = await asyncio.to_thread(weights_digest, record.path)
                 if found != record.digest:
                     raise WeightSyncError(
@@ -251,8 +265,8 @@ class WeightReconciler:
             wait_s = min(self._backoff_s * 2 ** (tries - 1), self._max_backoff_s)
             self._refused = _Failed(record, str(error), tries, now + wait_s)
             self._say(self._refused)
-            return False
-        return True
+            return None
+        return usable
 
     def _adopt(self, record: PolicyRecord) -> None:
         """Switch the required label and mark every server as updating, without an await between: nothing is unroutable."""
@@ -381,6 +395,8 @@ class WeightReconciler:
             elif not await self._has_files(record):
                 self._manager.cancel_update(url)
                 return
+            elif record.kind == "lora" and not client.is_embedded:
+                await self._load_adapter(client, record)
             elif is_first or self._mode != "rolling":
                 paused_s = await self._update_paused(client, record, is_first=is_first)
             else:
@@ -392,7 +408,12 @@ class WeightReconciler:
         if problem:
             self._failed(url, record, problem)
         else:
-            self._succeeded(url, record)
+            is_adapter = record.kind == "lora" and not client.is_embedded
+            self._succeeded(url, record, adapter=record.label if is_adapter else None)
+            if is_adapter:
+                names = self._adapters.setdefault(url, [])
+                self._adapters[url] = [*(name for name in names if name != record.label), record.label]
+                await self._forget_old_adapters(client)
         self._report(
             WeightUpdate(
                 url=url,
@@ -419,6 +440,8 @@ class WeightReconciler:
         After a failed update only a digest is believed: SGLang can report the old label over new weights.
         """
         info = await client.describe(timeout_s=self._control_timeout_s)
+        if record.kind == "lora" and info.digest is None:
+            return False  # its label says nothing of its adapters, and loading one twice is harmless
         if info.label != record.label or info.digest not in (None, record.digest) or (is_doubtful and info.digest is None):
             return False
         await client.continue_generation(timeout_s=self._control_timeout_s)
@@ -466,6 +489,22 @@ class WeightReconciler:
         )
         _verify(client.url, await client.model_info(timeout_s=self._control_timeout_s), record)
 
+    async def _load_adapter(self, client: SGLangClient, record: PolicyRecord) -> None:
+        """Load it beside the one in use: nothing is paused, and nothing in flight changes."""
+        await client.load_lora_adapter(record.label, record.path, timeout_s=self._update_timeout_s)
+        await client.update_weight_version(record.label, timeout_s=self._control_timeout_s)
+        _verify(client.url, await client.model_info(timeout_s=self._control_timeout_s), record)
+
+    async def _forget_old_adapters(self, client: SGLangClient) -> None:
+        """All but the one in use and the one before, which requests in flight and a rollback may need."""
+        loaded = self._adapters.setdefault(client.url, [])
+        while len(loaded) > _GOOD_KEPT:
+            name = loaded.pop(0)
+            try:
+                await client.unload_lora_adapter(name, timeout_s=self._control_timeout_s)
+            except WeightSyncError as error:
+                log.warning("adapter not unloaded url=%s name=%s error=%s", client.url, name, error)
+
     async def _resume(self, client: SGLangClient) -> None:
         """Never leave a server paused, whatever happened: runs in ``finally``, also during cancellation."""
         try:
@@ -478,10 +517,10 @@ class WeightReconciler:
         if url in self._manager.urls:
             self._manager.quarantine(url, reason)
 
-    def _succeeded(self, url: str, record: PolicyRecord) -> None:
+    def _succeeded(self, url: str, record: PolicyRecord, *, adapter: str | None) -> None:
         self._backoffs.pop(url, None)
         self._doubtful.pop(url, None)
-        self._manager.set_verified(url, record.label)
+        self._manager.set_verified(url, record.label, adapter=adapter)
         self._is_good(record)
         if self._given_up is not None and record == self._given_up.record:
             self._adopt(record)  # it holds after all

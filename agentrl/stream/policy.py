@@ -118,7 +118,7 @@ def _policy(fields: Mapping[bytes, bytes]) -> PolicyRecord | None:
         return PolicyRecord(
             run_epoch=int(fields[b"run_epoch"]),
             version=int(fields[b"version"]),
-            kind=cast("Literal['full', 'lora']", fields[b"kind"].decode()),
+            kind=cast("Literal['full', 'delta', 'lora']", fields[b"kind"].decode()),
             path=fields[b"path"].decode(),
             digest=fields[b"digest"].decode(),
         )

@@ -115,6 +115,8 @@ class FakeSGLang:
         self.max_running = max_running
         self.refused_paths: set[str] = set()
         """Directories whose weights it cannot load."""
+        self.adapters: dict[str, str] = {}
+        """Loaded LoRA adapters: name -> path."""
         self.num_foreign = 0
         """Requests of somebody else that the load report counts."""
         self._sampler = sampler
@@ -180,6 +182,7 @@ class FakeSGLang:
         self._resumed.set()
         self._live.clear()
         self._prefixes.clear()
+        self.adapters.clear()
         runner = web.AppRunner(self._app(), access_log=None, handler_cancellation=True, shutdown_timeout=0.0)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", self._port, reuse_address=True)
@@ -243,6 +246,8 @@ class FakeSGLang:
         app.router.add_post("/continue_generation", self._continue)
         app.router.add_post("/update_weights_from_disk", self._update)
         app.router.add_post("/update_weight_version", self._rename)
+        app.router.add_post("/load_lora_adapter", self._load_adapter)
+        app.router.add_post("/unload_lora_adapter", self._unload_adapter)
         app.router.add_post("/abort_request", self._abort)
         app.router.add_post("/flush_cache", self._flush)
         app.router.add_post("/weights_checker", self._checksum)
@@ -282,6 +287,9 @@ class FakeSGLang:
         rid = str(body["rid"])
         if rid in self._live:
             return _bad_request(f"Duplicate request ID detected: {rid}")
+        adapter = body.get("lora_path")
+        if adapter is not None and adapter not in self.adapters:
+            return _bad_request(f"The following requested LoRA adapters are not loaded: {{'{adapter}'}}")
         sampling: dict[str, Any] = body["sampling_params"]
         ids: list[int] = body["input_ids"]
         if not ids or min(ids) < 0 or max(ids) >= VOCAB_SIZE:
@@ -436,6 +444,26 @@ class FakeSGLang:
         if body.get("flush_cache", True):
             self._prefixes.clear()
         return web.json_response({"success": True, "message": "Succeeded to update model weights."})
+
+    async def _load_adapter(self, request: web.Request) -> web.Response:
+        body: dict[str, Any] = await request.json()
+        name, path = str(body["lora_name"]), str(body["lora_path"])
+        if name in self.adapters or path in self.refused_paths:
+            message = f"{name} is loaded already" if name in self.adapters else f"{path} does not load"
+            answer = {"success": False, "error_message": message, "loaded_adapters": self.adapters}
+            return web.json_response(answer, status=400)
+        self.adapters[name] = path
+        return web.json_response({"success": True, "error_message": "", "loaded_adapters": self.adapters})
+
+    async def _unload_adapter(self, request: web.Request) -> web.Response:
+        name = str((await request.json())["lora_name"])
+        is_known = self.adapters.pop(name, None) is not None
+        answer = {
+            "success": is_known,
+            "error_message": "" if is_known else f"{name} is not loaded",
+            "loaded_adapters": self.adapters,
+        }
+        return web.json_response(answer, status=200 if is_known else 400)
 
     async def _rename(self, request: web.Request) -> web.Response:
         self.label = str((await request.json())["new_version"])

@@ -132,6 +132,10 @@ DIFFERENCES: dict[tuple[str, str], Difference] = {
     ("test_checkpoint_with_nan_is_refused_and_the_old_weights_serve_on", "sglang"): Difference(
         "it loads NaN and answers id 0 with logprob null from then on: check before an update", handling="asserted"
     ),
+    ("test_adapter_directory_is_merged_into_the_starting_weights", "sglang"): Difference(
+        "an adapter is no checkpoint there: it is loaded by name with /load_lora_adapter (tests/integration/test_serving_sglang.py)",
+        handling="not run",
+    ),
     ("test_abort_reaches_a_request_that_a_pause_holds", "sglang"): Difference(
         "the abort is lost and later ones are ignored: close the connection instead", handling="not run"
     ),

@@ -2,12 +2,16 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from contract_api import Api, Output, Running
 from contract_reference import Reference
 from contract_servers import Models, Server
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 pytestmark = pytest.mark.asyncio
 
@@ -204,7 +208,57 @@ async def test_load_report_counts_running_requests_and_tokens(api: Api) -> None:
     assert {(await request.finished()).finish for request in running} == {"abort"}
 
 
+@pytest.mark.parametrize("mode", ["in_place", "retract"])
+async def test_load_report_counts_every_request_once_also_while_they_are_held(api: Api, mode: str) -> None:
+    from agentrl.serving.load_policy import parse_loads
+
+    async def until_total(count: int) -> None:
+        async with asyncio.timeout(30):
+            while parse_loads((await api.get("/v1/loads"))[1]).total != count:
+                await asyncio.sleep(0.05)
+
+    async def stays(count: int) -> None:
+        """The report may lag by a moment, and must not waver after that."""
+        await until_total(count)
+        for _ in range(5):
+            await asyncio.sleep(0.1)
+            assert parse_loads((await api.get("/v1/loads"))[1]).total == count
+
+    running = [await api.begin_and_wait(prompt(i), 3000, rid=f"counted-{i}-") for i in range(5)]
+    await until_total(5)
+    await api.ok("/pause_generation", mode=mode)
+    await stays(5)
+    await api.ok("/continue_generation")
+    await api.until_running(5)
+    await api.ok("/abort_request", abort_all=True)
+    for request in running:
+        await request.finished()
+    await stays(0)
+
+
 # ---------------------------------------------------------------------- pause and update
+
+
+async def test_adapter_directory_is_merged_into_the_starting_weights(
+    api: Api, models: Models, reference: Reference, tmp_path: Path
+) -> None:
+    name = "model.layers.0.self_attn.q_proj"
+    with safe_open(models.a / "model.safetensors", framework="pt") as stored:
+        rows, width = stored.get_slice(f"{name}.weight").get_shape()
+    stem = f"base_model.model.{name}"
+    parts = {f"{stem}.lora_A.weight": torch.ones(2, width), f"{stem}.lora_B.weight": torch.zeros(rows, 2)}
+    save_file(parts, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 4}')
+    await update(api, models, "v1")
+    assert (await api.post("/update_weights_from_disk", model_path=str(tmp_path), weight_version="a0"))[0] == 200
+    output = await api.generate(PROMPT, 16)
+    assert output.spans == [("a0", 0, 16)]
+    assert_close(output.logprobs, reference.logprobs("v0", PROMPT, output.ids))  # B = 0: the starting weights, not the last ones
+    save_file(parts | {f"{stem}.lora_B.weight": torch.randn(rows, 2)}, tmp_path / "adapter_model.safetensors")
+    assert (await api.post("/update_weights_from_disk", model_path=str(tmp_path), weight_version="a1"))[0] == 200
+    output = await api.generate(PROMPT, 16)
+    wanted = reference.logprobs("v0", PROMPT, output.ids)
+    assert max(abs(g - w) for g, w in zip(output.logprobs, wanted, strict=True)) > 0.01
 
 
 async def test_update_without_requests_changes_the_weights_and_forgets_the_old_prefix(

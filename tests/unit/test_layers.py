@@ -9,13 +9,13 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LAYERS = {
     "types": 0, "errors": 0, "algorithms": 0,
-    "protocols": 1, "config": 1, "supervise": 1, "telemetry": 1, "plugins": 1, "process": 1, "rate_limit": 1,
+    "protocols": 1, "config": 1, "supervise": 1, "telemetry": 1, "plugins": 1, "process": 1, "rate_limit": 1, "weights": 1,
     "rollout": 2, "serving": 2, "stream": 2, "learner": 2, "data": 2, "sandbox": 2,
     "testing": 2,
     "assembly": 3, "cli": 3, "dashboard": 3,
 }  # fmt: skip
 STAGES = {"rollout", "serving", "stream", "learner", "data", "sandbox"}
-TORCH_FREE = ["rollout", "stream", "data", "serving", "config", "telemetry", "sandbox"]
+TORCH_FREE = ["rollout", "stream", "data", "serving", "config", "telemetry", "sandbox", "weights"]
 TORCH_ALLOWED_IN = {"agentrl/serving/embedded_engine.py"}
 
 

@@ -27,6 +27,10 @@ _ARCHITECTURE_KEYS = (
 )
 """config.json keys that tensor shapes do not give away; a difference makes the weights another model's."""
 
+ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_PREFIX = "base_model.model."
+_DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
+
 _SHOWN = 5  # names an error lists before it only counts
 
 
@@ -71,6 +75,7 @@ class CheckpointReader:
 
     def __init__(self, model: Any, source: Path) -> None:
         self._model = model
+        self._source = source
         self._config = _read_config(source)
         self._layout = read_layout(source)
         state: dict[str, Tensor] = model.state_dict()
@@ -90,7 +95,8 @@ class CheckpointReader:
         """Read and check a checkpoint.
 
         Args:
-            dir: Hugging Face directory with the tensors of the directory the model came from.
+            dir: Hugging Face directory with the tensors of the directory the model came from, or a peft directory with a LoRA
+                adapter for that one, which is merged into its weights.
             expected_digest: what `weights_digest` must say of it.
 
         Raises:
@@ -100,14 +106,17 @@ class CheckpointReader:
         path = Path(dir)
         if not path.is_dir():
             raise WeightSyncError(f"model_path={str(dir)!r} is not a directory on this machine.")
-        self._check_layout(path, read_layout(path))
-        self._check_config(path)
+        is_adapter = (path / ADAPTER_CONFIG).is_file()
+        if not is_adapter:
+            self._check_layout(path, read_layout(path))
+            self._check_config(path)
         digest = weights_digest(path)
         if expected_digest is not None and digest != expected_digest:
             raise WeightSyncError(
                 f"{path} has digest {digest}, expected {expected_digest}: it holds other weights. Nothing was loaded."
             )
-        tensors = self._read(path) if self._is_direct else self._translate(path)
+        read = self._merge if is_adapter else self._read if self._is_direct else self._translate
+        tensors = read(path)
         broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
         if broken:
             raise WeightSyncError(f"{path} holds NaN or infinity in {_some(broken)}: the training step that wrote it diverged.")
@@ -149,6 +158,41 @@ class CheckpointReader:
                 raise WeightSyncError(f"{path}: {alias} differs from {owner}, but the serving model ties them into one tensor.")
         return tensors
 
+    def _merge(self, path: Path) -> dict[str, Tensor]:
+        """The starting weights W plus scale * B @ A for every adapted matrix, in fp32 and then in W's dtype (arXiv:2106.09685)."""
+        if not self._is_direct:
+            raise WeightSyncError(
+                f"{path}: adapters need a checkpoint with the model's own tensor names. Publish merged weights."
+            )
+        config = _read_config(path, ADAPTER_CONFIG)
+        rank, alpha = config.get("r"), config.get("lora_alpha")
+        if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+            raise WeightSyncError(f"{path / ADAPTER_CONFIG} says r={rank!r} and lora_alpha={alpha!r}: two numbers are needed.")
+        for name in ("use_rslora", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save"):
+            if config.get(name):
+                raise WeightSyncError(f"{path / ADAPTER_CONFIG} sets {name}: not supported here. Publish merged weights.")
+        read_layout(path)
+        parts: dict[str, Tensor] = {}
+        for file in sorted(path.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as stored:
+                parts |= {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a mapping)
+        tensors = self._read(self._source)
+        scale, used = float(alpha) / rank, 0
+        for name, value in tensors.items():
+            stem = f"{_ADAPTER_PREFIX}{name.removesuffix('.weight')}"
+            down, up = parts.get(f"{stem}{_DOWN}"), parts.get(f"{stem}{_UP}")
+            if down is None or up is None:
+                continue
+            if (up.shape[0], down.shape[1]) != tuple(value.shape) or up.shape[1] != down.shape[0]:
+                raise WeightSyncError(
+                    f"{path}: the adapter of {name} has shapes {list(up.shape)} and {list(down.shape)}, W {list(value.shape)}."
+                )
+            tensors[name] = (value.float() + scale * (up.float() @ down.float())).to(value.dtype)
+            used += 2
+        if used == 0 or used != len(parts):
+            raise WeightSyncError(f"{path}: {len(parts) - used} of {len(parts)} adapter tensors fit no weight of {self._source}.")
+        return tensors
+
     def _translate(self, path: Path) -> dict[str, Tensor]:
         fresh: Any = type(self._model).from_pretrained(path, dtype=self._model.dtype)
         return {name: tensor for name, tensor in fresh.state_dict().items() if name in self._shapes}
@@ -164,11 +208,11 @@ def copy_into(model: Any, staged: Staged) -> None:
         torch.cuda.synchronize(model.device)
 
 
-def _read_config(dir: Path) -> dict[str, Any]:
+def _read_config(dir: Path, name: str = "config.json") -> dict[str, Any]:
     try:
-        config = json.loads((dir / "config.json").read_text())
+        config = json.loads((dir / name).read_text())
     except (OSError, ValueError) as error:
-        raise WeightSyncError(f"{dir / 'config.json'} cannot be read ({error}).") from error
+        raise WeightSyncError(f"{dir / name} cannot be read ({error}).") from error
     return dict(config)
 
 

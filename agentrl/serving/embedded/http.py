@@ -332,7 +332,8 @@ def create_app(
             "gen_throughput": load.generation_throughput,
             "cache_hit_rate": load.cached_prompt_tokens / max(1, load.prompt_tokens),
             "utilization": load.num_running / max_running_requests,
-            "queues": {"waiting": load.num_waiting, "grammar": 0, "paused": load.num_paused, "retracted": load.num_retracted},
+            # What was retracted is back in the waiting queue.
+            "queues": {"waiting": load.num_waiting, "grammar": 0, "paused": load.num_paused, "retracted": 0},
         }
         return _json({"timestamp": now, "version": "agentrl-embedded", "num_accelerators": 1, "loads": [entry]})
 

@@ -163,3 +163,13 @@ def test_requests_that_wait_for_an_update_wait_for_weights() -> None:
 
     assert stage(updating("updating", "updating")) == ("weights", "an update of the engines")
     assert stage(updating("updating", "ready")) == ("engine", "tokens")
+
+
+def test_a_policy_that_no_server_could_load_is_named_with_what_is_served_instead() -> None:
+    problem = {"label": "e1-v5", "error": "holds NaN", "serving": "e1-v4", "behind": 1, "tries": 2}
+    findings = diagnose(snapshot(serve=serve(0, policy={"target": "e1-v4", "rollbacks": 1, "problem": problem})))
+    (finding,) = [f for f in findings if f.subject == "weights"]
+    assert finding.level == "warn"
+    assert "no server could load e1-v5 (holds NaN); e1-v4 is served instead" in finding.text
+    healthy = diagnose(snapshot(serve=serve(0, policy={"target": "e1-v5", "rollbacks": 1, "problem": None})))
+    assert not [f for f in healthy if f.subject == "weights"]

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from learner_rig import assert_same_weights, batch_of, make_learner, plain_logprobs, random_group, tiny_dir, weights_of
+from torch.distributed.tensor import DTensor
 
 from agentrl.errors import CheckpointError
 from agentrl.learner.checkpoint import Checkpoints, Consumed, damage, read_jsonl
 from agentrl.learner.distributed import Team
 from agentrl.learner.learner import Learner
 from agentrl.learner.weight_publisher import WeightPublisher, weights_digest
+from agentrl.serving.snapshot_store import SnapshotStore
 
 
 @pytest.fixture
@@ -169,6 +171,47 @@ def test_publishing_twice_changes_nothing_and_old_snapshots_go(learner: Learner,
     publisher.publish(learner, run_epoch=2)
     publisher.publish(learner, run_epoch=3)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["e2-v00000001", "e3-v00000001"]
+
+
+def nudge(learner: Learner, *, every: int) -> None:
+    """A step that changes one element in ``every``."""
+    learner.policy_version += 1
+    with torch.no_grad():
+        for parameter in learner.policy.parameters():
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            local.view(-1)[::every] += 0.5
+
+
+def test_deltas_are_published_where_they_pay_and_give_the_full_weights(learner: Learner, tmp_path: Path) -> None:
+    publisher = WeightPublisher(tmp_path / "weights", full_every=4, scratch=tmp_path / "scratch")
+    store = SnapshotStore(tmp_path / "cache")
+    kinds: list[str] = []
+    for every in (1, 50, 50, 50, 50, 1, 50):
+        nudge(learner, every=every)
+        record = publisher.publish(learner, run_epoch=1)
+        kinds.append(record.kind)
+        assert publisher.full_snapshot is not None
+        learner.export(tmp_path / "wanted")
+        wanted = (tmp_path / "wanted" / "model.safetensors").read_bytes()
+        assert (publisher.full_snapshot / "model.safetensors").read_bytes() == wanted
+        assert (Path(store.full(record).path) / "model.safetensors").read_bytes() == wanted
+        assert publisher.publish(learner, run_epoch=1) == record, "publishing twice changes nothing"
+    # The first is full, then every fourth; a step that changes everything is one too.
+    assert kinds == ["full", "delta", "delta", "delta", "full", "full", "delta"]
+    assert len(list((tmp_path / "scratch").iterdir())) == 1
+    assert WeightPublisher(tmp_path / "weights", full_every=4).publish(learner, run_epoch=2).kind == "full"
+
+
+def test_what_a_kept_delta_builds_on_is_kept(learner: Learner, tmp_path: Path) -> None:
+    publisher = WeightPublisher(tmp_path, keep=2, full_every=5)
+    names: list[list[str]] = []
+    for _ in range(7):
+        nudge(learner, every=50)
+        publisher.publish(learner, run_epoch=1)
+        names.append(sorted(p.name[-1] for p in tmp_path.glob("e*")))
+    first = int(names[0][0])
+    assert names[4] == [str(first + i) for i in range(5)], "four deltas and their full start"
+    assert names[6] == [str(first + 5), str(first + 6)], "the old chain went with its last kept delta"
 
 
 def test_a_checkpoint_links_the_weights_that_were_published(learner: Learner, tmp_path: Path) -> None:

@@ -7,12 +7,13 @@ import pytest
 import torch
 from learner_rig import assert_same_weights, batch_of, make_learner, plain_logprobs, random_group, weights_of
 
-from agentrl.errors import ConfigError
+from agentrl.errors import ConfigError, WeightSyncError
 from agentrl.learner.batching import StepBatch
 from agentrl.learner.checkpoint import Checkpoints
 from agentrl.learner.distributed import Team
 from agentrl.learner.lora import LoraSettings
 from agentrl.learner.settings import KLSettings, LossSettings
+from agentrl.learner.weight_publisher import WeightPublisher
 
 pytest.importorskip("peft")
 LORA = LoraSettings(rank=4)
@@ -61,6 +62,32 @@ def test_engines_get_merged_weights_and_peft_reads_the_adapters(
         logits = adapted(torch.tensor([IDS])).logits[0, :-1]
     picked = torch.log_softmax(logits, -1).gather(-1, torch.tensor(IDS)[1:, None])[:, 0]
     np.testing.assert_allclose(merged[1:], picked.numpy(), atol=1e-5)
+
+
+def test_a_published_adapter_gives_an_engine_the_merged_weights(
+    model_dir: Path, team: Team, batch: StepBatch, tmp_path: Path
+) -> None:
+    from agentrl.serving.embedded.checkpoint import CheckpointReader, copy_into
+    from agentrl.serving.embedded_engine import load_model
+
+    learner = make_learner(model_dir, team, lora=LORA)
+    publisher = WeightPublisher(tmp_path / "weights", adapters_only=True)
+    serving = load_model(model_dir, device="cpu", dtype="float32")
+    reader = CheckpointReader(serving, model_dir)
+    for _ in range(2):  # the second replaces the first, it is not added to it
+        learner.step(batch)
+        record = publisher.publish(learner, run_epoch=1)
+        assert publisher.publish(learner, run_epoch=1) == record
+        assert record.kind == "lora"
+        assert sorted(f.name for f in Path(record.path).iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+        copy_into(serving, reader.stage(record.path, expected_digest=record.digest))
+        assert publisher.full_snapshot is not None
+        merged = load_model(publisher.full_snapshot, device="cpu", dtype="float32").state_dict()
+        assert all(torch.equal(value, merged[name]) for name, value in serving.state_dict().items())
+    path = Checkpoints(tmp_path / "checkpoints").save(learner, step=2, state={}, weights_from=publisher.full_snapshot)
+    assert (path / "model.safetensors").is_file()
+    with pytest.raises(WeightSyncError, match="has digest"):
+        reader.stage(record.path, expected_digest="sha256:0")
 
 
 def test_the_policy_without_its_adapters_is_the_reference_and_no_second_model_is_loaded(

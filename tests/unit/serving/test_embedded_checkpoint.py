@@ -57,6 +57,51 @@ def test_staged_checkpoint_becomes_the_models_weights(reader: CheckpointReader, 
     assert staged.digest == weights_digest(other)
 
 
+def write_adapter(folder: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 8, **config}))
+    return folder
+
+
+def test_an_adapter_is_merged_into_the_starting_weights(source: Path, tmp_path: Path) -> None:
+    model = load_model(source, device="cpu", dtype="float32")
+    name = "model.layers.0.self_attn.q_proj"
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    width = before[f"{name}.weight"].shape[1]
+    down, up = torch.randn(2, width), torch.randn(before[f"{name}.weight"].shape[0], 2)
+    parts = {f"base_model.model.{name}.lora_A.weight": down, f"base_model.model.{name}.lora_B.weight": up}
+    reader = CheckpointReader(model, source)
+    for _ in range(2):
+        copy_into(model, reader.stage(write_adapter(tmp_path / f"a{_}", parts)))
+    wanted = before | {f"{name}.weight": before[f"{name}.weight"] + 4.0 * (up @ down)}
+    torch.testing.assert_close(dict(model.state_dict()), wanted)
+
+
+@pytest.mark.parametrize(
+    ("change", "hint"),
+    [
+        ({"use_rslora": True}, "sets use_rslora"),
+        ({"r": 0}, "r=0"),
+        ({"stray": True}, "1 of 3 adapter tensors fit no weight"),
+        ({"narrow": True}, "has shapes"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused(
+    reader: CheckpointReader, model: Any, tmp_path: Path, change: dict[str, Any], hint: str
+) -> None:
+    name = "model.layers.0.self_attn.q_proj"
+    rows, width = model.state_dict()[f"{name}.weight"].shape
+    parts = {
+        f"base_model.model.{name}.lora_A.weight": torch.ones(2, width - bool(change.pop("narrow", False))),
+        f"base_model.model.{name}.lora_B.weight": torch.ones(rows, 2),
+    }
+    if change.pop("stray", False):
+        parts["base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight"] = torch.ones(2, width)
+    with pytest.raises(WeightSyncError, match=hint):
+        reader.stage(write_adapter(tmp_path / "adapter", parts, **change))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -156,7 +156,7 @@ async def test_requests_of_others_count_as_load() -> None:
 
 @pytest.mark.asyncio
 async def test_requests_that_an_engine_lost_are_generated_elsewhere_with_their_tokens() -> None:
-    async with fleet(2, latency_s=0.002) as (manager, servers):
+    async with fleet(2, latency_s=0.002, lost_after_s=0.2) as (manager, servers):
         async with asyncio.TaskGroup() as group:
             probing = group.create_task(manager.run())
             manager.drain(servers[1].url)

@@ -243,7 +243,7 @@ async def test_files_that_vanished_are_skipped_for_the_next_record(tmp_path: Pat
 
 
 @pytest.mark.asyncio
-async def test_damaged_files_and_lora_records_are_refused_and_the_old_policy_is_served_on(
+async def test_damaged_files_and_bare_deltas_are_refused_and_the_old_policy_is_served_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with reconciled(tmp_path, 1) as (manager, servers, policies, reconciler):
@@ -253,8 +253,8 @@ async def test_damaged_files_and_lora_records_are_refused_and_the_old_policy_is_
         (Path(damaged.path) / "model.safetensors").write_bytes(b"torn")
         policies.record = damaged
         await until(lambda: "overwritten or damaged" in caplog.text)
-        policies.record = policies.write(2, kind="lora")
-        await until(lambda: "not supported yet" in caplog.text)
+        policies.record = policies.write(2, kind="delta")
+        await until(lambda: "nothing here puts full weights together" in caplog.text)
         assert (await ask(manager)).versions == [0] * 20
         assert len(servers[0].updates) == 1
 
@@ -297,6 +297,46 @@ async def test_a_hung_update_ends_at_its_limit_and_requests_move(tmp_path: Path)
         for task in asked:
             assert task.result().ids == pseudo_tokens(PROMPT, 100)
         assert any("no answer within 0.2 s" in update.error for update in reconciler.updates)
+
+
+@pytest.mark.asyncio
+async def test_adapters_are_loaded_beside_the_one_in_use_and_a_generation_keeps_its_own(tmp_path: Path) -> None:
+    async with reconciled(tmp_path, 2, latency_s=0.001) as (manager, servers, policies, reconciler):
+        policies.record = policies.write(0, kind="lora")
+        await until(lambda: settled(reconciler, policies))
+        async with asyncio.TaskGroup() as group:
+            asked = [group.create_task(ask(manager, num_tokens=150, name=f"t{index}")) for index in range(6)]
+            await until(lambda: sum(server.num_tokens for server in servers) > 60)
+            policies.record = policies.write(1, kind="lora")
+            await until(lambda: settled(reconciler, policies))
+            later = group.create_task(ask(manager, name="later"))
+        for task in asked:
+            assert (task.result().ids, set(task.result().versions)) == (pseudo_tokens(PROMPT, 150), {0})
+        assert set(later.result().versions) == {1}
+        assert {request["lora_path"] for server in servers for request in server.requests} == {"e1-v0", "e1-v1"}
+        for version in (2, 3):
+            policies.record = policies.write(version, kind="lora")
+            await until(lambda: settled(reconciler, policies))
+        await until(lambda: all(sorted(server.adapters) == ["e1-v2", "e1-v3"] for server in servers))
+        assert [server.calls["/pause_generation"] + server.calls["/update_weights_from_disk"] for server in servers] == [0, 0]
+        # A restarted engine has no adapter: requests go elsewhere, and it gets the adapter before it takes any.
+        await servers[0].restart_with_base_weights()
+        manager.quarantine(servers[0].url, "process died")
+        assert set((await ask(manager)).versions) == {3}
+        await until(lambda: settled(reconciler, policies))
+        assert sorted(servers[0].adapters) == ["e1-v3"]
+        assert manager.counters()["tokens_discarded"] == 0
+
+
+@pytest.mark.asyncio
+async def test_a_server_that_lost_its_adapter_is_left_for_another(tmp_path: Path) -> None:
+    async with reconciled(tmp_path, 2) as (manager, servers, policies, reconciler):
+        policies.record = policies.write(0, kind="lora")
+        await until(lambda: settled(reconciler, policies))
+        servers[0].adapters.clear()
+        generations = [await ask(manager, name=f"t{index}") for index in range(6)]
+        assert {generation.server for generation in generations} == {servers[1].url}
+        assert all(set(generation.versions) == {0} for generation in generations)
 
 
 @pytest.mark.asyncio
