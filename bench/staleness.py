@@ -5,7 +5,7 @@
 
 Every batch of step ``v`` is sampled by the weights of version ``v - staleness``, exactly. A constant learning rate, small
 batches and two updates per batch are deliberately harsher than the quickstart, so that staleness bites within a few dozen steps; at
-twice this rate the run without any staleness already breaks down, so that nothing could be told about corrections.
+twice this rate (one seed tried) the run without any staleness already broke down, so that nothing could be told about corrections.
 
 * ``none``: the ratio is around the learner's own recomputed logprobs; that other weights sampled the data is ignored.
 * ``ppo``: the ratio is current / sampler, clipped (``correction.mode=bypass``).
