@@ -3,8 +3,9 @@
     python bench/staleness.py run --out runs/staleness        # resumable: one JSON line per finished arm
     python bench/staleness.py show --out runs/staleness --picture docs/staleness.png
 
-Every batch of step ``v`` is sampled by the weights of version ``v - staleness``, exactly. The learning rate and two updates per batch
-are deliberately more than the quickstart's, so that staleness bites within a few dozen steps.
+Every batch of step ``v`` is sampled by the weights of version ``v - staleness``, exactly. A constant learning rate, small
+batches and two updates per batch are deliberately harsher than the quickstart, so that staleness bites within a few dozen steps; at
+twice this rate (one seed tried) the run without any staleness already broke down, so that nothing could be told about corrections.
 
 * ``none``: the ratio is around the learner's own recomputed logprobs; that other weights sampled the data is ignored.
 * ``ppo``: the ratio is current / sampler, clipped (``correction.mode=bypass``).
@@ -83,17 +84,19 @@ def show(o: argparse.Namespace) -> None:
     print("| staleness | " + " | ".join(MODES) + " |\n" + "|---" * (len(MODES) + 1) + "|")
     for k in STALENESS:
         print(f"| {k} | " + " | ".join(cell(cells[k, mode]) for mode in MODES) + " |")
+    print(f"seeds: {sorted({r['seed'] for r in found})}; runs: {len(read(o.out))} of {len(arms())}")
     if o.picture:
         picture(cells, o.picture)
 
 
 def cell(runs: list[dict[str, Any]]) -> str:
-    """Mean over seeds of the last two evaluations and the worst seed; mean of the greedy success at the end."""
+    """Mean over seeds of the last two evaluations, the worst seed where there are several, and mean greedy success at the end."""
     if not runs:
         return "-"
     late = [statistics.mean(r["sampled"][-2:]) for r in runs]
     greedy = statistics.mean(r["greedy"][-1] for r in runs)
-    return f"{statistics.mean(late):.2f} ({min(late):.2f}), greedy {greedy:.2f}"
+    worst = f" ({min(late):.2f})" if len(runs) > 1 else ""
+    return f"{statistics.mean(late):.2f}{worst}, greedy {greedy:.2f}"
 
 
 def picture(cells: Mapping[tuple[int, str], list[dict[str, Any]]], path: Path) -> None:
@@ -130,7 +133,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path("runs/cold_starts"), help="where the cold starts are kept")
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--seed", type=int)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--groups", type=int, default=6)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--eval-every", type=int, default=4)
