@@ -160,11 +160,20 @@ async def retry_async(
 ) -> T:
     """``retry`` for asyncio. ``on_wait("stream:down", seconds)`` is called before every pause."""
     pauses = Pauses(what, patience_s)
+    task = asyncio.current_task()
+    cancels = task.cancelling() if task is not None else 0
     while True:
         try:
-            return await call()
+            answer = await call()
         except (RedisError, OSError) as error:
             pause = pauses.after(error)
+        else:
+            # redis-py can swallow a cancellation that arrives together with the reply; the caller would then never end.
+            if task is not None and task.cancelling() > cancels:
+                raise asyncio.CancelledError
+            return answer
+        if task is not None and task.cancelling() > cancels:
+            raise asyncio.CancelledError
         if on_wait is not None:
             on_wait("stream:down", pauses.waited_s)
         await asyncio.sleep(pause)
