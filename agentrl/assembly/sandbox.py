@@ -6,7 +6,7 @@ import sys
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from agentrl.assembly.parts import SUPERVISED_VARIABLE
 from agentrl.config import Config
@@ -40,7 +40,7 @@ def serve_sandbox(
 
     if tier not in get_args(TierChoice):
         raise ConfigError(f"sandbox tier={tier!r} must be one of {', '.join(get_args(TierChoice))}")
-    options = {} if rate_limit is None else {"rate_limit": rate_limit or None}
+    options: dict[str, Any] = {} if rate_limit is None else {"rate_limit": rate_limit or None}
     port = port or free_port(host)
     if run_dir is not None:
         RunDir(run_dir).register("sandbox", url=f"http://{host}:{port}")
