@@ -161,17 +161,19 @@ async def retry_async(
     """``retry`` for asyncio. ``on_wait("stream:down", seconds)`` is called before every pause."""
     pauses = Pauses(what, patience_s)
     task = asyncio.current_task()
-    cancellations = task.cancelling() if task is not None else 0
+    cancels = task.cancelling() if task is not None else 0
     while True:
         try:
-            result = await call()
+            answer = await call()
         except (RedisError, OSError) as error:
             pause = pauses.after(error)
         else:
-            # redis-py sends under `asyncio.wait_for`, which before Python 3.12 forgets a cancellation that meets its result.
-            if task is not None and task.cancelling() > cancellations:
+            # redis-py can swallow a cancellation that arrives together with the reply; the caller would then never end.
+            if task is not None and task.cancelling() > cancels:
                 raise asyncio.CancelledError
-            return result
+            return answer
+        if task is not None and task.cancelling() > cancels:
+            raise asyncio.CancelledError
         if on_wait is not None:
             on_wait("stream:down", pauses.waited_s)
         await asyncio.sleep(pause)

@@ -96,7 +96,8 @@ def drop_dead_letters(client: redis.Redis, keys: Keys, names: Iterable[str]) -> 
 def _trajectory(client: redis.Redis, keys: Keys, letter: DeadLetter, payload: bytes) -> Trajectory:
     """What the letter holds; a large one is read only now."""
     try:
-        value = decode(payload or cast("bytes | None", client.get(keys.dead_blob(letter.id))) or b"")
+        untyped: Any = client
+        value = decode(payload or cast("bytes | None", untyped.get(keys.dead_blob(letter.id))) or b"")
     except CodecError as error:
         raise ConfigError(
             f"{letter.entry} ({letter.id}) cannot be replayed: its bytes are still unreadable: {error}. "

@@ -152,3 +152,26 @@ def test_server_module_offers_what_its_users_import() -> None:
 def test_every_key_is_in_the_documentation() -> None:
     text = (Path(__file__).parents[3] / "docs" / "stream.md").read_text()
     assert [name for name in (*KEY_NAMES, "blob:<id>") if f"| `{name}` |" not in text] == []
+
+
+@pytest.mark.asyncio
+async def test_a_cancellation_that_the_client_swallows_still_ends_the_call() -> None:
+    async def swallows() -> str:
+        try:
+            await asyncio.sleep(30)
+        except asyncio.CancelledError:
+            return "the reply had arrived"
+        return ""
+
+    async def fails() -> str:
+        await swallows()
+        raise ConnectionError("cut")
+
+    for call in (swallows, fails):
+        task = asyncio.create_task(retry_async(call, "asking", patience_s=None))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        task.cancel()
+        done, _ = await asyncio.wait([task], timeout=10)
+        assert done
+        assert task.cancelled()
