@@ -16,6 +16,8 @@
         ├── ToolInfraError     the tool itself failed: never a negative reward
         ├── SandboxError       the sandbox service failed
         ├── GenerationError    no server could generate
+        ├── EnvError       the environment failed while it played: never a negative reward
+        ├── AgentError     a black-box agent failed, or never asked the model
         ├── RewardError        the scorer raised, or returned no number
         ├── TemplateError      the chat template is not prefix-preserving
         └── DeadlineExceeded   a deadline owned by the caller passed
@@ -98,6 +100,18 @@ class GenerationError(RolloutError):
     """No server could produce the generation."""
 
     kind = "generation"
+
+
+class EnvError(RolloutError):
+    """The environment raised or took too long while it played. It never counts against the model."""
+
+    kind = "env"
+
+
+class AgentError(RolloutError):
+    """A black-box agent (loop ``proxy``) failed, or ended without having asked the model."""
+
+    kind = "agent"
 
 
 class RewardError(RolloutError):

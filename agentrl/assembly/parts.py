@@ -29,6 +29,8 @@ SUPERVISED_VARIABLE = "AGENTRL_SUPERVISED"
 SANDBOX_TOKEN_VARIABLE = "AGENTRL_SANDBOX_TOKEN"
 """Bearer token of the run's own sandbox; made up when it is not set."""
 CODE_TOOL = "tools.code_interpreter"
+USER_REPLIES = frozenset({"env", "proxy"})
+"""Loops in which user messages follow the model's turns, so that the template must keep earlier turns then too."""
 LEARNER_DTYPE: dict[str, Literal["fp32", "bf16"]] = {"float32": "fp32", "bfloat16": "bf16"}
 """``model.dtype`` as the learner names it."""
 
@@ -170,7 +172,7 @@ def build_toolbox(config: Config, tokenizer: Any, *, sandbox_url: str | None) ->
 def build_template(config: Config, tokenizer: Any, toolbox: Toolbox) -> ChatTemplate:
     """The tokenizer's template, self-tested: a template that rewrites earlier tokens is refused before anything is generated."""
     template = ChatTemplate(tokenizer, tools=toolbox.schemas() or None)
-    template.self_test()
+    template.self_test(roles=("tool", "user") if config.serve.agent in USER_REPLIES else ("tool",))
     return template
 
 

@@ -204,7 +204,9 @@ def rollout_function(
         max_tool_tokens=config.serve.tool_tokens,
         max_calls_per_turn=config.serve.calls_per_turn,
         max_invalid_calls=config.serve.invalid_calls,
+        max_reply_tokens=config.serve.reply_tokens,
         turn_timeout_s=config.serve.turn_timeout_s,
+        env_timeout_s=config.serve.env_timeout_s,
         rollout_timeout_s=config.serve.rollout_timeout_s,
     )
     sampling = sampling or SamplingParams(

@@ -95,7 +95,8 @@ class ServeConfig(Section):
     engine_auth: bool = False
     """Ask a bearer key, made up for the run, of embedded engines too. They bind to loopback only."""
     agent: str = "tool_agent"
-    """Agent loop for rows that name none: ``tool_agent`` or ``single_turn``."""
+    """Agent loop for rows that name none: ``tool_agent``, ``single_turn``, ``env`` (the Env replies) or ``proxy`` (the command under
+    ``agent``)."""
     parser: str = "hermes"
     """Tool-call format of the model."""
     n: PositiveInt = 8
@@ -112,6 +113,8 @@ class ServeConfig(Section):
     """Tool calls executed per turn, at most."""
     invalid_calls: PositiveInt = 4
     """Malformed or unknown calls after which a rollout stops with ``tool_limit``."""
+    reply_tokens: PositiveInt = 512
+    """Tokens of one reply of the Env (loop ``env``); longer ones are cut, and say so."""
     in_flight: PositiveInt = 256
     """Rollouts running at once, at most."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
@@ -122,6 +125,8 @@ class ServeConfig(Section):
     """Top-k sampling; -1 keeps all."""
     turn_timeout_s: PositiveFloat = 300.0
     """Deadline of one generation."""
+    env_timeout_s: PositiveFloat = 60.0
+    """Deadline of one reply of the Env (loop ``env``)."""
     rollout_timeout_s: PositiveFloat = 1200.0
     """Deadline of one rollout, tools included."""
     group_timeout_s: PositiveFloat = 3600.0
@@ -478,6 +483,8 @@ class Config(Section):
     def _check(self) -> "Config":
         if self.env is not None and self.reward.fn is not None:
             raise ValueError("give either env or reward.fn, not both: each would decide the reward")
+        if self.serve.agent == "env" and self.env is None:
+            raise ValueError("serve.agent=env lets an Env reply to the model, and no env is given: set env=module:Class")
         return self
 
     @property
