@@ -186,11 +186,17 @@ def build_scorer(config: Config) -> Scorer:
             raise ConfigError(f"env={config.env} with env_options={config.env_options}: {error}") from error
     if config.reward.fn:
         return Scorer(fn=load_object(config.reward.fn), solution=config.reward.solution)
+    if config.agent.reward != "score":
+        return Scorer(fn=_unscored)
     raise ConfigError("nothing scores a rollout: set env (for example envs.gsm8k:Gsm8k) or reward.fn (path.py:compute_score)")
 
 
+def _unscored(**_: Any) -> float:
+    raise ConfigError("only agents score in this run (agent.reward): its rows must use the loop `proxy`")
+
+
 def env_name(config: Config) -> str:
-    return config.env or config.reward.fn or ""
+    return config.env or config.reward.fn or (f"agent:{config.agent.reward}" if config.agent.reward != "score" else "")
 
 
 def fingerprint(config: Config, tokenizer: Any, schemas: Sequence[Mapping[str, Any]]) -> dict[str, str]:

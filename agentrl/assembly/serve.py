@@ -18,6 +18,7 @@ from typing import Any
 import aiohttp
 import uvloop
 
+from agentrl.assembly.agents import agent_host
 from agentrl.assembly.parts import (
     build_scorer,
     build_template,
@@ -39,8 +40,9 @@ from agentrl.assembly.sandbox import sandbox_process
 from agentrl.assembly.watchdog import ServeProgress, Watchdog, waits_now
 from agentrl.config import Config, dump_config
 from agentrl.data.task_source import TaskSource
-from agentrl.rollout.agent_loop import Limits, run_rollout
+from agentrl.rollout.agent_loop import AgentHost, Limits, run_rollout
 from agentrl.rollout.chat_template import ChatTemplate
+from agentrl.rollout.context import ContextPolicy
 from agentrl.rollout.group import RolloutFunction
 from agentrl.rollout.reward import Scorer
 from agentrl.rollout.toolbox import Toolbox
@@ -124,7 +126,7 @@ async def _rollouts(config: Config, directory: RunDir) -> AsyncGenerator[tuple[R
         client = connect_async(url, role="serve")
         trajectory_log = TrajectoryLog(directory.trajectories) if config.log.trajectories == "all" else None
         try:
-            async with engines(config, directory, model_path=config.model.path) as manager:
+            async with engines(config, directory, model_path=config.model.path) as manager, agent_host(config) as host:
                 producer = TrajectoryProducer(client, keys, max_items=config.max_items, max_bytes=config.queue.max_bytes)
                 reconciler = WeightReconciler(
                     manager, read_policy=partial(read_policy, client, keys), mode=config.serve.weight_sync,
@@ -141,7 +143,7 @@ async def _rollouts(config: Config, directory: RunDir) -> AsyncGenerator[tuple[R
                     task_at=tasks.task,
                     sink=producer,
                     read_progress=_AdoptedProgress(partial(read_progress, client, keys), reconciler),
-                    rollout=rollout_function(config, manager, template, toolbox, scorer),
+                    rollout=rollout_function(config, manager, template, toolbox, scorer, host=host),
                     group_size=config.serve.n,
                     groups_per_step=config.learn.groups,
                     max_staleness=config.learn.max_staleness,
@@ -157,7 +159,13 @@ async def _rollouts(config: Config, directory: RunDir) -> AsyncGenerator[tuple[R
                     paused=toolbox.blocked,
                 )
                 async with running(reconciler=reconciler.run()):
-                    yield worker, lambda: _status(worker, manager, meter, progress, toolbox.stats())
+                    yield (
+                        worker,
+                        lambda: {
+                            **_status(worker, manager, meter, progress, toolbox.stats()),
+                            "agents": host.stats() if host is not None else {},
+                        },
+                    )
         finally:
             if trajectory_log is not None:
                 trajectory_log.close()
@@ -195,6 +203,7 @@ def rollout_function(
     *,
     sampling: SamplingParams | None = None,
     require_versions: bool = True,
+    host: AgentHost | None = None,
 ) -> RolloutFunction:
     """One rollout with everything but the task bound."""
     limits = Limits(
@@ -208,6 +217,7 @@ def rollout_function(
         turn_timeout_s=config.serve.turn_timeout_s,
         env_timeout_s=config.serve.env_timeout_s,
         rollout_timeout_s=config.serve.rollout_timeout_s,
+        context=_context_policy(config),
     )
     sampling = sampling or SamplingParams(
         max_new_tokens=config.serve.tokens_per_turn,
@@ -236,9 +246,18 @@ def rollout_function(
             env_name=env_name(config),
             parser=config.serve.parser,
             require_versions=require_versions,
+            host=host,
         )
 
     return rollout
+
+
+def _context_policy(config: Config) -> ContextPolicy | None:
+    context = config.serve.context
+    if context is None:
+        return None
+    to_tokens = context.to_tokens or max(1, context.at_tokens // 2)
+    return ContextPolicy(at_tokens=context.at_tokens, to_tokens=to_tokens, keep=context.keep)
 
 
 @asynccontextmanager

@@ -367,6 +367,15 @@ def _serve_stall(s: Snapshot, since: float) -> Verdict:
                 f"{_count(s, reason)} rollouts wait to be scored",
                 "look at the env's score or reward.fn: it hangs",
             )
+        case "env" | "agent":
+            what = f"the environment {reason[4:]}" if reason.startswith("env:") else "the black-box agents"
+            text = f"{_count(s, reason)} rollouts wait for {what}"
+            fix = (
+                "it hangs; serve.env_timeout_s bounds a reply"
+                if reason.startswith("env:")
+                else "serve.rollout_timeout_s ends one"
+            )
+            return _stall(s, reason, what, oldest, text, fix)
         case "server":
             text = f"{_count(s, 'server')} requests are out and no token came back ({_fleet(engines)})"
             return _stall(s, "engine", "tokens", oldest, text, "see logs/engine-*.log; serve.turn_timeout_s moves requests on")

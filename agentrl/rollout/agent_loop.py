@@ -27,6 +27,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 from agentrl.errors import ConfigError, DeadlineExceeded, GenerationError, RolloutError
 from agentrl.protocols import Env, Generator
 from agentrl.rollout.chat_template import ChatTemplate
+from agentrl.rollout.context import NOTE, ContextPolicy, ResultSpan, drop_oldest_results
 from agentrl.rollout.reward import Scorer
 from agentrl.rollout.tool_parsers import FoundCall, ToolParser, get_tool_parser
 from agentrl.rollout.toolbox import Observation, Toolbox, ToolSession
@@ -62,6 +63,8 @@ class Limits:
     """Of one reply of an environment, and of its ``open``."""
     rollout_timeout_s: float = 1200.0
     """Of the whole rollout, without scoring."""
+    context: ContextPolicy | None = None
+    """When and how a long context is rewritten; None never does."""
 
 
 class Rollout(NamedTuple):
@@ -123,6 +126,8 @@ class RolloutState:
     final_from: int = 0
     """First of ``texts`` after the last tool result."""
     calls: list[CallRecord] = field(default_factory=list[CallRecord])
+    result_spans: list[ResultSpan] = field(default_factory=list[ResultSpan])
+    """The tool results within the current segment, in order."""
 
     @property
     def tokens_left(self) -> int:
@@ -135,6 +140,7 @@ class RolloutState:
             DeadlineExceeded: no generation within the turn's limit, although the rollout has time left.
             GenerationError: no server could generate, or what came is unusable.
         """
+        self._shorten_context()
         left_s = self.ends_at - asyncio.get_running_loop().time()
         timeout_s = max(0.0, min(self.limits.turn_timeout_s, left_s))
         stops = (*self.sampling.stop_token_ids, *self.template.stop_ids)
@@ -215,6 +221,7 @@ class RolloutState:
         start = end = len(self.builder.token_ids)
         if fits and not is_over:
             start, end = self.builder.append_observed(ids)
+            self.result_spans.append(ResultSpan(start, end, len(messages)))
             self.final_from = len(self.texts)
         for observation in observations:
             self._record(observation, start, end)
@@ -262,6 +269,39 @@ class RolloutState:
             Turn(kind=kind, segment=self.builder.segment, start=start, end=end, ms=ms, name=name, text=text)
         )  # fmt: skip
         return True
+
+    def new_segment(self, messages: Sequence[Message], *, why: str = "rewritten") -> None:
+        """Go on from another history: summarised, shortened, or of a sub-agent. What was sampled so far stays on record.
+
+        The next generation sees exactly ``messages``, rendered with the generation prompt. They are the new segment's prompt
+        and never trained on, assistant messages among them included. A trajectory's segments share its reward.
+        """
+        self.new_segment_of(self.template.prompt_ids(messages), why=why)
+
+    def new_segment_of(self, prompt_ids: Sequence[int], *, why: str, spans: Sequence[ResultSpan] = ()) -> None:
+        """The same from ids, for example the last segment's with some spans replaced; ``spans`` are its tool results."""
+        self.builder.new_segment(prompt_ids)
+        self.result_spans = list(spans)
+        turn = Turn(
+            kind="env", segment=self.builder.segment, start=0, end=len(prompt_ids), ms=0.0, name="context", text=why
+        )  # fmt: skip
+        self.builder.add_turn(turn)
+
+    def _shorten_context(self) -> None:
+        """Start a segment without the oldest tool results where the limits say so."""
+        policy = self.limits.context
+        if policy is None:
+            return
+
+        def note_ids(count: int, last: int) -> list[int]:
+            notes: list[Message] = [{"role": "tool", "content": NOTE}] * count
+            return self.template.observation_ids(notes, last_sampled=last)
+
+        before = len(self.builder.token_ids)
+        rewrite = drop_oldest_results(self.builder.token_ids, self.result_spans, policy, note_ids)
+        if rewrite is not None:
+            why = f"dropped {rewrite.num_dropped} tool results: {before} -> {len(rewrite.ids)} tokens"
+            self.new_segment_of(rewrite.ids, why=why, spans=rewrite.spans)
 
     def reward_turn(self, value: float) -> None:
         """Give the last sampled turn a reward of its own.
