@@ -144,18 +144,7 @@ class Session:
         """
         try:
             async with self._until_closed():
-                if n == 1:
-                    answers = [await self._answer(ask)]
-                else:
-                    async with asyncio.TaskGroup() as group:
-                        tasks = [group.create_task(self._answer(ask)) for _ in range(n)]
-                    answers = [task.result() for task in tasks]
-        except BaseExceptionGroup as errors:
-            first = next((e for e in errors.exceptions if isinstance(e, RolloutError)), None)
-            if first is None:
-                raise
-            self._note(first)
-            raise first from None
+                answers = await self._answers(ask, n)
         except RolloutError as error:
             self._note(error)
             raise
@@ -184,7 +173,7 @@ class Session:
         finally:
             self._scopes.discard(scope)
 
-    async def _answer(self, ask: Ask) -> Answer:
+    async def _answers(self, ask: Ask, n: int) -> list[Answer]:
         state = self.state
         if state.num_turns >= state.limits.max_turns:
             raise LimitReached("max_turns", f"the rollout has used its {state.limits.max_turns} turns (serve.turns)")
@@ -192,13 +181,14 @@ class Session:
         plan = self._plan(ask, names)
         prefix = [] if plan.start is None else state.builder.ids_of(plan.start.segment)[: plan.start.length]
         context = [*prefix, *plan.observed]
-        extends = plan.start is not None
-        left = state.tokens_left - (len(plan.observed) if extends else 0)
+        left = state.tokens_left - (0 if plan.start is None else len(plan.observed))
         if left < 1:
             raise LimitReached("max_tokens", f"the rollout has used its {state.limits.max_tokens} response tokens (serve.tokens)")
         started = time.monotonic()
-        generation = await self._sample(context, ask, left)
-        return self._record(ask, plan, context, names, generation, (time.monotonic() - started) * 1e3)
+        generations = [await self._sample(context, ask, left)] if n == 1 else await self._sample_many(n, context, ask, left)
+        ms = (time.monotonic() - started) * 1e3
+        # From here on nothing waits, so a request is on record whole or not at all.
+        return [self._record(ask, plan, context, names, generation, ms) for generation in generations]
 
     # Where the turn goes
 
@@ -220,6 +210,17 @@ class Session:
         return _Plan(template=template, start=None, observed=template.prompt_ids(ask.messages), new_messages=())
 
     # Sampling
+
+    async def _sample_many(self, n: int, context: list[int], ask: Ask, left: int) -> list[Generation]:
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._sample(context, ask, left)) for _ in range(n)]
+        except BaseExceptionGroup as errors:
+            first = next((e for e in errors.exceptions if isinstance(e, RolloutError)), None)
+            if first is None:
+                raise
+            raise first from None
+        return [task.result() for task in tasks]
 
     async def _sample(self, context: list[int], ask: Ask, left: int) -> Generation:
         state = self.state
@@ -267,7 +268,7 @@ class Session:
             raise GenerationError(f"{generation.server} returned no tokens (finish={generation.finish})")
         return generation
 
-    # Recording; nothing here waits, so a request is on record whole or not at all
+    # Recording
 
     def _record(
         self, ask: Ask, plan: _Plan, context: list[int], names: Sequence[bytes], generation: Generation, ms: float
