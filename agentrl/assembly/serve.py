@@ -44,6 +44,8 @@ from agentrl.rollout.agent_loop import AgentHost, Limits, run_rollout
 from agentrl.rollout.chat_template import ChatTemplate
 from agentrl.rollout.context import ContextPolicy
 from agentrl.rollout.group import RolloutFunction
+from agentrl.rollout.partial import PartialRollouts
+from agentrl.rollout.partial_sink import PartialSink
 from agentrl.rollout.reward import Scorer
 from agentrl.rollout.toolbox import Toolbox
 from agentrl.rollout.worker import RolloutWorker
@@ -61,6 +63,7 @@ from agentrl.serving.weight_reconciler import WeightReconciler
 from agentrl.stream.connection import check_server, connect, connect_async
 from agentrl.stream.fingerprint import check_fingerprint
 from agentrl.stream.keys import Keys
+from agentrl.stream.partials import RedisPartials
 from agentrl.stream.policy import Progress, read_policy, read_progress
 from agentrl.stream.producer import TrajectoryProducer
 from agentrl.supervise import running
@@ -133,6 +136,7 @@ async def _rollouts(config: Config, directory: RunDir) -> AsyncGenerator[tuple[R
                     on_update=lambda update: directory.event("weights_updated", **asdict(update)),
                 )  # fmt: skip
                 meter, progress = _TokenMeter(), ServeProgress()
+                partials = PartialRollouts(RedisPartials(client, keys)) if config.serve.resume_partial else None
 
                 def on_trajectory(trajectory: Trajectory, episode: Episode | None) -> None:
                     meter.add(trajectory.num_sampled)
@@ -141,9 +145,9 @@ async def _rollouts(config: Config, directory: RunDir) -> AsyncGenerator[tuple[R
 
                 worker = RolloutWorker(
                     task_at=tasks.task,
-                    sink=producer,
+                    sink=producer if partials is None else PartialSink(producer, partials, attempts=config.serve.attempts),
                     read_progress=_AdoptedProgress(partial(read_progress, client, keys), reconciler),
-                    rollout=rollout_function(config, manager, template, toolbox, scorer, host=host),
+                    rollout=rollout_function(config, manager, template, toolbox, scorer, host=host, partials=partials),
                     group_size=config.serve.n,
                     groups_per_step=config.learn.groups,
                     max_staleness=config.learn.max_staleness,
@@ -164,6 +168,7 @@ async def _rollouts(config: Config, directory: RunDir) -> AsyncGenerator[tuple[R
                         lambda: {
                             **_status(worker, manager, meter, progress, toolbox.stats()),
                             "agents": host.stats() if host is not None else {},
+                            "partials": partials.stats() if partials is not None else {},
                         },
                     )
         finally:
@@ -204,6 +209,7 @@ def rollout_function(
     sampling: SamplingParams | None = None,
     require_versions: bool = True,
     host: AgentHost | None = None,
+    partials: PartialRollouts | None = None,
 ) -> RolloutFunction:
     """One rollout with everything but the task bound."""
     limits = Limits(
@@ -247,6 +253,7 @@ def rollout_function(
             parser=config.serve.parser,
             require_versions=require_versions,
             host=host,
+            partials=partials,
         )
 
     return rollout

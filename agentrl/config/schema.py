@@ -154,6 +154,9 @@ class ServeConfig(Section):
     """A group with fewer finished rollouts is closed as failed."""
     attempts: PositiveInt = 2
     """Tries per rollout when the failure is not the model's."""
+    resume_partial: bool = True
+    """Keep completed turns of unfinished rollouts in Redis, so that a restarted ``serve`` goes on from them (loop ``tool_agent``, where
+    no tool holds state)."""
     context: ContextConfig | None = None
     """Rewrite long contexts; none by default."""
     weight_sync: Literal["in_place", "retract", "abort", "rolling"] = "in_place"

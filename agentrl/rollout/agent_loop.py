@@ -28,6 +28,7 @@ from agentrl.errors import ConfigError, DeadlineExceeded, GenerationError, Rollo
 from agentrl.protocols import Env, Generator
 from agentrl.rollout.chat_template import ChatTemplate
 from agentrl.rollout.context import NOTE, ContextPolicy, ResultSpan, drop_oldest_results
+from agentrl.rollout.partial import PartialRollouts, Progress, snapshot
 from agentrl.rollout.reward import Scorer
 from agentrl.rollout.tool_parsers import FoundCall, ToolParser, get_tool_parser
 from agentrl.rollout.toolbox import Observation, Toolbox, ToolSession
@@ -113,6 +114,8 @@ class RolloutState:
     """What a loop pushes here runs after scoring, whatever happened."""
     env: Env | None = None
     host: AgentHost | None = None
+    partials: PartialRollouts | None = None
+    created: float = 0.0
     env_state: Any = None
     score: Score | None = None
     """Set by a loop that knows the score by itself; the scorer is then not asked."""
@@ -314,6 +317,29 @@ class RolloutState:
             raise RolloutError(f"a turn reward of {value} came before the model's first turn; give it after a turn")
         self.turn_rewards.append((last.segment, last.end - 1, float(value)))
 
+    async def keep(self) -> None:
+        """Keep the turns so far for a restart of the process. Call it where the loop would go on by generating."""
+        if self.partials is None:
+            return
+        progress = None
+        if self.tools.is_replayable:
+            progress = Progress(
+                num_turns=self.num_turns, num_invalid=self.num_invalid, tool_rewards=self.tool_rewards, final_from=self.final_from,
+                texts=self.texts, calls=self.calls, result_spans=self.result_spans, turn_rewards=self.turn_rewards,
+                created=self.created,
+            )  # fmt: skip
+        await self.partials.save(self.trajectory_id, snapshot(self.builder, progress))
+
+    async def resume(self) -> None:
+        """Take up what an earlier process kept of this rollout, if it can be taken up."""
+        if self.partials is None:
+            return
+        progress = await self.partials.load(self.trajectory_id, self.builder)
+        if progress is None:
+            return
+        for name in Progress.__slots__:
+            setattr(self, name, getattr(progress, name))
+
     def episode(self, stop: Stop) -> Episode:
         """What scoring sees."""
         return Episode(
@@ -379,6 +405,7 @@ async def single_turn(state: RolloutState) -> Stop:
 @agent_loop("tool_agent")
 async def tool_agent(state: RolloutState) -> Stop:
     """Generate and call tools in turn until the model answers or a limit is reached."""
+    await state.resume()
     while True:
         turn = await state.generate()
         calls = state.find_calls(turn)
@@ -391,6 +418,7 @@ async def tool_agent(state: RolloutState) -> Stop:
         stop = await state.call_tools(calls)
         if stop is not None:
             return stop
+        await state.keep()
 
 
 async def run_rollout(
@@ -412,6 +440,7 @@ async def run_rollout(
     parser: str = "hermes",
     require_versions: bool = True,
     host: AgentHost | None = None,
+    partials: PartialRollouts | None = None,
 ) -> Rollout:
     """Roll one task out and score it.
 
@@ -433,6 +462,7 @@ async def run_rollout(
         parser: tool-call format of the model.
         require_versions: refuse tokens without a policy version; off to evaluate foreign servers.
         host: runs agents for the loop ``proxy``.
+        partials: keeps completed turns for a restart of the process (loop ``tool_agent``); None keeps nothing.
 
     Raises:
         RolloutError: nothing to train on. ``kind`` says why; ``partial`` holds the `Rollout` so far, with stop
@@ -452,7 +482,7 @@ async def run_rollout(
         return builder.finish(
             id=trajectory_id, task_id=task.id, group_id=group_id, ordinal=ordinal, sample_index=sample_index, attempt=attempt,
             env=env_name, agent=loop, data_source=task.data_source, split=task.split, reward=score.reward,
-            reward_terms={"correct": float(score.correct), **score.terms}, stop=stop, created=created, finished=time.time(),
+            reward_terms={"correct": float(score.correct), **score.terms}, stop=stop, created=state.created if state is not None else created, finished=time.time(),
             turn_rewards=state.turn_rewards if state is not None else (),
         )  # fmt: skip
 
@@ -464,7 +494,7 @@ async def run_rollout(
                 state = RolloutState(
                     task=task, template=shown, generator=generator, tools=tools, has_tools=shown.tools is not None,
                     parser=get_tool_parser(parser), limits=limits, sampling=sampling, builder=builder,
-                    trajectory_id=trajectory_id, group_id=group_id, env=env, host=host, cleanup=cleanup,
+                    trajectory_id=trajectory_id, group_id=group_id, env=env, host=host, cleanup=cleanup, partials=partials, created=created,
                     ends_at=asyncio.get_running_loop().time() + limits.rollout_timeout_s,
                 )  # fmt: skip
                 stop = await _play(play, state)
@@ -475,6 +505,8 @@ async def run_rollout(
                 failed = "aborted" if isinstance(error, Aborted) else f"error:{error.kind}"
                 state.turn_rewards.clear()
                 error.partial = Rollout(finish(failed, Score(correct=0.0)), state.episode(failed))
+            if partials is not None:
+                await partials.delete(trajectory_id)
             raise
         return Rollout(finish(stop, _with_turn_rewards(score, state.turn_rewards)), episode)
 

@@ -24,6 +24,17 @@ class _OpenSegment:
     logprobs: list[float] = field(default_factory=list[float])
     versions: list[int] = field(default_factory=list[int])
 
+    @classmethod
+    def reopened(cls, segment: Segment) -> "_OpenSegment":
+        n = segment.prompt_length
+        return cls(
+            prompt_length=n,
+            ids=segment.ids.tolist(),
+            mask=segment.mask[n:].tolist(),
+            logprobs=segment.logprobs[n:].tolist(),
+            versions=segment.versions[n:].tolist(),
+        )
+
     def close(self) -> Segment:
         n = self.prompt_length
         return Segment(
@@ -138,6 +149,15 @@ class TrajectoryBuilder:
         record.versions.extend([-1] * len(ids))
         return start, len(record.ids)
 
+    def segments(self) -> tuple[Segment, ...]:
+        """Everything appended so far."""
+        return tuple(s.close() for s in self._segments)
+
+    def restore(self, segments: Sequence[Segment], turns: Sequence[Turn]) -> None:
+        """Go on from what `segments` and `turns` of an earlier builder gave, in place of what is here."""
+        self._segments = [_OpenSegment.reopened(s) for s in segments]
+        self.turns = list(turns)
+
     def add_turn(self, turn: Turn) -> None:
         """Record what a span was."""
         self.turns.append(turn)
@@ -174,7 +194,7 @@ class TrajectoryBuilder:
             agent=agent,
             data_source=data_source,
             split=split,
-            segments=tuple(s.close() for s in self._segments),
+            segments=self.segments(),
             reward=float(reward),
             reward_terms=dict(reward_terms),
             turn_rewards=tuple(turn_rewards),

@@ -15,6 +15,7 @@ script may touch all of them.
 | ``dead`` | stream | entries that cannot be trained, with the reason | learner | oldest first, at 1000 |
 | ``policy`` | hash | the policy record | learner | never (overwritten) |
 | ``progress`` | hash | version and groups decided, for admission | learner | never (overwritten) |
+| ``partial`` | hash | trajectory id -> completed turns of an unfinished rollout | serve, per turn | serve, when it is put or its group closes |
 | ``fingerprint`` | hash | what serve and learn must agree on | first to start | ``clear_fingerprint`` |
 """
 
@@ -37,6 +38,7 @@ KEY_NAMES: Final = (
     "closed",
     "open",
     "fingerprint",
+    "partial",
 )
 
 
@@ -96,6 +98,10 @@ class Keys:
     @property
     def fingerprint(self) -> str:
         return self.prefix + "fingerprint"
+
+    @property
+    def partial(self) -> str:
+        return self.prefix + "partial"
 
     def blob(self, entry_id: str) -> str:
         """Side key of one large entry, by trajectory id."""
