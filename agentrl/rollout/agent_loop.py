@@ -386,8 +386,8 @@ def get_agent_loop(name: str) -> AgentLoop:
     Raises:
         ConfigError: there is none; names those there are.
     """
-    import agentrl.rollout.env_loop
-    import agentrl.rollout.proxy.loop  # noqa: F401  # pyright: ignore[reportUnusedImport]  # they register themselves
+    import agentrl.rollout.env_loop  # pyright: ignore[reportUnusedImport]  # both register themselves
+    import agentrl.rollout.proxy.loop  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
     known = _LOOPS.get(name) or _LOOPS.get(name.removesuffix("_agent"))
     if known is None:

@@ -103,8 +103,9 @@ def restore(data: bytes, builder: TrajectoryBuilder) -> tuple[Progress | None, i
 
 
 def _segment(fields: Mapping[str, Any]) -> Segment:
-    arrays = {name: np.frombuffer(fields[name], dtype=kind) for name, kind in _ARRAYS}
-    return Segment(**{**arrays, "mask": arrays["mask"].astype(np.bool_)}, prompt_length=int(fields["prompt_length"]))
+    arrays: dict[str, Any] = {name: np.frombuffer(fields[name], dtype=kind) for name, kind in _ARRAYS}
+    arrays["mask"] = arrays["mask"].astype(np.bool_)
+    return Segment(**arrays, prompt_length=int(fields["prompt_length"]))
 
 
 class PartialRollouts:

@@ -10,7 +10,7 @@ import hmac
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -212,7 +212,7 @@ async def _parsed(request: Request, kind: type[_Body]) -> _Body:
 
 
 def _stream(items: Iterable[Mapping[str, Any]], *, ends_with_done: bool) -> Response:
-    async def lines() -> Any:
+    async def lines() -> AsyncGenerator[bytes]:
         for item in items:
             name = f"event: {item['type']}\n" if "type" in item else ""
             yield f"{name}data: {json.dumps(item, ensure_ascii=False)}\n\n".encode("utf-8", "replace")
