@@ -172,7 +172,10 @@ def build_toolbox(config: Config, tokenizer: Any, *, sandbox_url: str | None) ->
 def build_template(config: Config, tokenizer: Any, toolbox: Toolbox) -> ChatTemplate:
     """The tokenizer's template, self-tested: a template that rewrites earlier tokens is refused before anything is generated."""
     template = ChatTemplate(tokenizer, tools=toolbox.schemas() or None)
-    template.self_test(roles=("tool", "user") if config.serve.agent in USER_REPLIES else ("tool",))
+    # A black-box agent decides itself what it sends back; where the template would rewrite that, a segment of its own begins.
+    template.self_test(
+        roles=("tool", "user") if config.serve.agent in USER_REPLIES else ("tool",), allow_rewrites=config.serve.agent == "proxy"
+    )
     return template
 
 
