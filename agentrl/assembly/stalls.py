@@ -481,6 +481,8 @@ def _longest_wait(s: Snapshot) -> tuple[str, float]:
     causes = {reason: float(w["oldest_s"]) for reason, w in waits.items() if reason not in ("capacity", "group")}
     # A tool or scorer is waited for by name; the generic "trainer" only counts when nothing in flight waits.
     in_flight = {reason: age for reason, age in causes.items() if reason != "trainer"} or causes or {"": 0.0}
+    # An agent's whole life is one wait, which covers what the agent itself waits for: an engine, say.
+    in_flight = {reason: age for reason, age in in_flight.items() if reason != "agent"} or in_flight
     reason = max(in_flight, key=lambda name: in_flight[name])
     return reason, in_flight[reason]
 
