@@ -14,7 +14,7 @@
 
 from agentrl.errors import AgentRLError, ConfigError, ToolBusy, ToolError
 from agentrl.plugins import tool
-from agentrl.protocols import Env, Tool, ToolContext, ToolResult
+from agentrl.protocols import Env, Reply, Tool, ToolContext, ToolResult
 from agentrl.types import Episode, Message, Score, Task, Trajectory
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Env",
     "Episode",
     "Message",
+    "Reply",
     "Score",
     "Task",
     "Tool",

@@ -18,6 +18,8 @@
         │   └── ToolBusy       its service refused the call for now (a rate limit); nothing was done
         ├── SandboxError       the sandbox service failed
         ├── GenerationError    no server could generate
+        ├── EnvError       the environment failed while it played: never a negative reward
+        ├── AgentError     a black-box agent failed, or never asked the model
         ├── RewardError        the scorer raised, or returned no number
         ├── TemplateError      the chat template is not prefix-preserving
         └── DeadlineExceeded   a deadline owned by the caller passed
@@ -117,6 +119,18 @@ class GenerationError(RolloutError):
     """No server could produce the generation."""
 
     kind = "generation"
+
+
+class EnvError(RolloutError):
+    """The environment raised or took too long while it played. It never counts against the model."""
+
+    kind = "env"
+
+
+class AgentError(RolloutError):
+    """A black-box agent (loop ``proxy``) failed, or ended without having asked the model."""
+
+    kind = "agent"
 
 
 class RewardError(RolloutError):

@@ -21,8 +21,22 @@ from agentrl.types import (
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """What an Env answers to a turn."""
+
+    text: str | None = None
+    """The user message that continues the conversation; None ends it."""
+    reward: float | None = None
+    """Of the turn that was just played. Recorded at that turn's last token, and part of the reward as its term ``turns``."""
+
+
 class Env(Protocol):
-    """Tasks and scoring. Subclass it, or give a verl-style ``compute_score`` in the config instead."""
+    """Tasks and scoring. Subclass it, or give a verl-style ``compute_score`` in the config instead.
+
+    One object serves all rollouts of a process at once, so what belongs to one rollout lives in what ``open`` returns.
+    The loop ``env`` calls ``open``, then ``reply`` after each turn, then ``score``, then always ``close``.
+    """
 
     def prompt(self, task: Task) -> Sequence[Message]:
         """The messages that open the rollout."""
@@ -32,9 +46,20 @@ class Env(Protocol):
         """The reward of a finished rollout. Raising fails the rollout, never the run."""
         ...
 
-    async def reply(self, episode: Episode) -> str | None:
-        """A user message that continues the conversation (loop ``env``), or None to end it."""
+    async def open(self, task: Task, *, trajectory_id: str) -> Any:
+        """The state of one rollout (loop ``env``): a game, a simulated user. It comes back as ``episode.state``."""
         return None
+
+    async def reply(self, episode: Episode) -> Reply | str | None:
+        """A user message that continues the conversation (loop ``env``), or None to end it.
+
+        Asked after every turn that called no tool, also after the last one that is allowed. ``episode.texts[-1]`` is
+        that turn. Raising fails the rollout, never the run.
+        """
+        return None
+
+    async def close(self, state: Any) -> None:
+        """Release what ``open`` returned. Always runs once ``open`` returned, also after a cancellation."""
 
 
 @dataclass(slots=True, kw_only=True)

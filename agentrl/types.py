@@ -289,6 +289,10 @@ class Episode:
     calls: Sequence[CallRecord]
     stop: Stop
     num_turns: int
+    texts: Sequence[str] = ()
+    """What the assistant wrote, one entry a turn."""
+    state: Any = None
+    """What the Env's ``open`` returned for this rollout (loop ``env``)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 import uvloop
 
+from agentrl.assembly.agents import agent_host
 from agentrl.assembly.audit import newest_checkpoint
 from agentrl.assembly.parts import (
     build_scorer,
@@ -77,7 +78,7 @@ async def _evaluate(config: Config, directory: RunDir, model_path: str, modes: S
         toolbox = build_toolbox(config, tokenizer, sandbox_url=sandbox_url)
         try:
             template = build_template(config, tokenizer, toolbox)
-            async with engines(config, directory, model_path=model_path) as manager:
+            async with engines(config, directory, model_path=model_path) as manager, agent_host(config) as host:
                 results: list[dict[str, Any]] = []
                 for mode in modes:
                     sampling = SamplingParams(max_new_tokens=config.serve.tokens_per_turn, temperature=mode.temperature)
@@ -89,6 +90,7 @@ async def _evaluate(config: Config, directory: RunDir, model_path: str, modes: S
                         build_scorer(config),
                         sampling=sampling,
                         require_versions=False,
+                        host=host,
                     )
                     results.append({"model": model_path, **await _play(tasks, mode, rollout, config.eval.in_flight)})
                 return results

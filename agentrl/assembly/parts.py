@@ -35,6 +35,8 @@ SUPERVISED_VARIABLE = "AGENTRL_SUPERVISED"
 SANDBOX_TOKEN_VARIABLE = "AGENTRL_SANDBOX_TOKEN"
 """Bearer token of the run's own sandbox; made up when it is not set."""
 CODE_TOOL = "tools.code_interpreter"
+USER_REPLIES = frozenset({"env", "proxy"})
+"""Loops in which user messages follow the model's turns, so that the template must keep earlier turns then too."""
 LEARNER_DTYPE: dict[str, Literal["fp32", "bf16"]] = {"float32": "fp32", "bfloat16": "bf16"}
 """``model.dtype`` as the learner names it."""
 
@@ -198,7 +200,11 @@ def tool_schemas(config: Config, tokenizer: Any, *, sandbox_url: str | None) -> 
 def build_template(config: Config, tokenizer: Any, toolbox: Toolbox) -> ChatTemplate:
     """The tokenizer's template, self-tested: a template that rewrites earlier tokens is refused before anything is generated."""
     template = unchecked_template(config, tokenizer, toolbox)
-    template.self_test()
+    # A black-box agent decides itself what it sends back; where the template would rewrite that, a segment of its own begins.
+    template.self_test(
+        roles=("tool", "user") if config.serve.agent in USER_REPLIES else ("tool",),
+        allow_rewrites=True if config.serve.agent == "proxy" else None,
+    )
     choose_parser(config.serve.parser, template)  # an unknown format is refused before an engine is started, too
     return template
 
@@ -231,11 +237,17 @@ def build_scorer(config: Config) -> Scorer:
             raise ConfigError(f"env={config.env} with env_options={config.env_options}: {error}") from error
     if config.reward.fn:
         return Scorer(fn=load_object(config.reward.fn), solution=config.reward.solution)
+    if config.agent.reward != "score":
+        return Scorer(fn=_unscored)
     raise ConfigError("nothing scores a rollout: set env (for example envs.gsm8k:Gsm8k) or reward.fn (path.py:compute_score)")
 
 
+def _unscored(**_: Any) -> float:
+    raise ConfigError("only agents score in this run (agent.reward): its rows must use the loop `proxy`")
+
+
 def env_name(config: Config) -> str:
-    return config.env or config.reward.fn or ""
+    return config.env or config.reward.fn or (f"agent:{config.agent.reward}" if config.agent.reward != "score" else "")
 
 
 def fingerprint(config: Config, tokenizer: Any, schemas: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -20,6 +20,7 @@ import redis.asyncio
 import uvloop
 
 from agentrl.assembly.adopted_progress import AdoptedProgress, counted_on
+from agentrl.assembly.agents import agent_host
 from agentrl.assembly.fleet import FleetOwner
 from agentrl.assembly.parts import (
     build_parser,
@@ -47,9 +48,13 @@ from agentrl.assembly.watchdog import ServeProgress, Watchdog, waits_now
 from agentrl.config import Config, dump_config
 from agentrl.data.task_source import TaskSource
 from agentrl.protocols import Generator
-from agentrl.rollout.agent_loop import Limits, run_rollout
+from agentrl.rollout.agent_loop import AgentHost, Limits, run_rollout
 from agentrl.rollout.chat_template import ChatTemplate
+from agentrl.rollout.context import ContextPolicy
 from agentrl.rollout.group import RolloutFunction
+from agentrl.rollout.partial import PartialRollouts
+from agentrl.rollout.partial_sink import PartialSink
+from agentrl.rollout.proxy.host import ProxyHost
 from agentrl.rollout.reward import Scorer
 from agentrl.rollout.toolbox import Toolbox
 from agentrl.rollout.worker import RolloutWorker
@@ -71,6 +76,7 @@ from agentrl.stream.fingerprint import check_fingerprint
 from agentrl.stream.fleet_board import FleetBoard
 from agentrl.stream.keys import Keys
 from agentrl.stream.leases import TaskLeases
+from agentrl.stream.partials import RedisPartials
 from agentrl.stream.policy import Progress, read_policy, read_progress
 from agentrl.stream.producer import TrajectoryProducer
 from agentrl.supervise import running
@@ -189,6 +195,9 @@ class Stage:
     template: ChatTemplate
     scorer: Scorer
     trajectory_log: TrajectoryLog | None
+    host: ProxyHost | None
+    """Where black-box agents play, when a command for them is configured."""
+    partials: PartialRollouts | None
     meter: "_TokenMeter"
 
     async def read_progress(self) -> Progress:
@@ -207,9 +216,9 @@ class Stage:
         producer = TrajectoryProducer(self.client, self.keys, max_items=config.max_items, max_bytes=config.queue.max_bytes)
         return RolloutWorker(
             task_at=self.tasks.task,
-            sink=producer,
+            sink=producer if self.partials is None else PartialSink(producer, self.partials, attempts=config.serve.attempts),
             read_progress=progress,
-            rollout=rollout_function(config, manager, *parts),
+            rollout=rollout_function(config, manager, *parts, host=self.host, partials=self.partials),
             baseline=greedy_rollout_function(config, manager, *parts) if config.learn.needs_greedy_baseline else None,
             group_size=config.serve.n,
             groups_per_step=config.learn.groups,
@@ -251,18 +260,21 @@ async def stage_of(
     client = connect_async(stream, role="serve")
     trajectory_log = TrajectoryLog(directory.trajectories, name=log_name) if config.log.trajectories == "all" else None
     try:
-        yield Stage(
-            config=config,
-            directory=directory,
-            keys=keys,
-            client=client,
-            tasks=tasks,
-            toolbox=toolbox,
-            template=template,
-            scorer=scorer,
-            trajectory_log=trajectory_log,
-            meter=_TokenMeter(),
-        )
+        async with agent_host(config) as host:
+            yield Stage(
+                config=config,
+                directory=directory,
+                keys=keys,
+                client=client,
+                tasks=tasks,
+                toolbox=toolbox,
+                template=template,
+                scorer=scorer,
+                trajectory_log=trajectory_log,
+                host=host,
+                partials=PartialRollouts(RedisPartials(client, keys)) if config.serve.resume_partial else None,
+                meter=_TokenMeter(),
+            )
     finally:
         if trajectory_log is not None:
             trajectory_log.close()
@@ -297,6 +309,8 @@ def rollout_function(
     *,
     sampling: SamplingParams | None = None,
     require_versions: bool = True,
+    host: AgentHost | None = None,
+    partials: PartialRollouts | None = None,
 ) -> RolloutFunction:
     """One rollout with everything but the task bound."""
     parser = build_parser(config, template)
@@ -307,8 +321,11 @@ def rollout_function(
         max_tool_tokens=config.serve.tool_tokens,
         max_calls_per_turn=config.serve.calls_per_turn,
         max_invalid_calls=config.serve.invalid_calls,
+        max_reply_tokens=config.serve.reply_tokens,
         turn_timeout_s=config.serve.turn_timeout_s,
+        env_timeout_s=config.serve.env_timeout_s,
         rollout_timeout_s=config.serve.rollout_timeout_s,
+        context=_context_policy(config),
     )
     sampling = sampling or SamplingParams(
         max_new_tokens=config.serve.tokens_per_turn,
@@ -337,6 +354,8 @@ def rollout_function(
             env_name=env_name(config),
             parser=parser,
             require_versions=require_versions,
+            host=host,
+            partials=partials,
         )
 
     return rollout
@@ -348,6 +367,14 @@ def greedy_rollout_function(
     """The same rollout without chance: what remax compares a sampled one with."""
     greedy = SamplingParams(max_new_tokens=config.serve.tokens_per_turn, temperature=0.0)
     return rollout_function(config, manager, template, toolbox, scorer, sampling=greedy)
+
+
+def _context_policy(config: Config) -> ContextPolicy | None:
+    context = config.serve.context
+    if context is None:
+        return None
+    to_tokens = context.to_tokens or max(1, context.at_tokens // 2)
+    return ContextPolicy(at_tokens=context.at_tokens, to_tokens=to_tokens, keep=context.keep)
 
 
 @asynccontextmanager
@@ -452,6 +479,8 @@ def rollout_status(
         "tokens_per_s": round(stage.meter.rate(), 1),
         "requests": {**manager.counters(), "parked": manager.num_parked()},
         "tools": tools,
+        "agents": stage.host.stats() if stage.host is not None else {},
+        "partials": stage.partials.stats() if stage.partials is not None else {},
     }
 
 

@@ -390,6 +390,15 @@ def _serve_stall(s: Snapshot, since: float) -> Verdict:
             return _stall(
                 s, "weights", "an update of the engines", oldest, _fleet(engines), "see logs/serve.log for the update's error"
             )
+        case "env" | "agent":
+            what = f"the environment {reason[4:]}" if reason.startswith("env:") else "the black-box agents"
+            text = f"{_count(s, reason)} rollouts wait for {what}"
+            fix = (
+                "it hangs; serve.env_timeout_s bounds a reply"
+                if reason.startswith("env:")
+                else "serve.rollout_timeout_s ends one"
+            )
+            return _stall(s, reason, what, oldest, text, fix)
         case "server":
             text = f"{_count(s, 'server')} requests are out and no token came back ({_fleet(engines)})"
             return _stall(s, "engine", "tokens", oldest, text, "see logs/engine-*.log; serve.turn_timeout_s moves requests on")
@@ -500,6 +509,8 @@ def _longest_wait(s: Snapshot) -> tuple[str, float]:
     causes = {reason: float(w["oldest_s"]) for reason, w in waits.items() if reason not in ("capacity", "group")}
     # A tool or scorer is waited for by name; the generic "trainer" only counts when nothing in flight waits.
     in_flight = {reason: age for reason, age in causes.items() if reason != "trainer"} or causes or {"": 0.0}
+    # An agent's whole life is one wait, which covers what the agent itself waits for: an engine, say.
+    in_flight = {reason: age for reason, age in in_flight.items() if reason != "agent"} or in_flight
     reason = max(in_flight, key=lambda name: in_flight[name])
     return reason, in_flight[reason]
 

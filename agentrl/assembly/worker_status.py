@@ -36,7 +36,7 @@ def summed(statuses: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         **{name: max(s.get(name, 0) for s in statuses) for name in (*_NEWEST, *_LONGEST)},
         **{name: min(s.get(name, 0.0) for s in statuses) for name in _LEAST},
         "failed": _added(s.get("failed", {}) for s in statuses),
-        "requests": _added(s.get("requests", {}) for s in statuses),
+        **{name: _added(s.get(name, {}) for s in statuses) for name in ("requests", "agents", "partials")},
         "tools": _tools(statuses),
         "failing": next((s["failing"] for s in statuses if s.get("failing")), ""),
         "oldest_rollout": oldest.get("oldest_rollout", ""),

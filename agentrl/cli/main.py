@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 
 from agentrl.cli.tools import tools_app
-from agentrl.config import Config, dump_config, load_config
+from agentrl.config import Config, dump_config, load_config, parse_config
 from agentrl.errors import AgentRLError, ConfigError, DataError
 
 app = typer.Typer(
@@ -32,6 +32,9 @@ app.add_typer(config_app, name="config")
 servers_app = typer.Typer(help="Look at a running serve's generation servers, and change them.", no_args_is_help=True)
 app.add_typer(servers_app, name="servers")
 app.add_typer(tools_app, name="tools")
+
+agent_app = typer.Typer(help="Black-box agents behind the OpenAI-compatible endpoint.", no_args_is_help=True)
+app.add_typer(agent_app, name="agent")
 
 ConfigFile = Annotated[str, typer.Option("--config", "-c", help="YAML file of the run, or the name of a shipped one.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value …", show_default=False)]
@@ -159,6 +162,40 @@ def evaluate(
 
 
 @app.command()
+def rollout(
+    overrides: Overrides = None,
+    config: Annotated[str | None, typer.Option("--config", "-c", help="YAML file of a run; optional with --model.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What the user says.")] = None,
+    row: Annotated[int | None, typer.Option(help="Instead of --prompt: this row of the run's data.")] = None,
+    split: Annotated[str, typer.Option(help="Where --row looks: train or val.")] = "val",
+    system: Annotated[str | None, typer.Option(help="System message before --prompt.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model directory or hub name, instead of the config's.")] = None,
+    tools: Annotated[str | None, typer.Option(help="Tool YAML, instead of the config's.")] = None,
+    server: Annotated[str | None, typer.Option(help="Ask this running engine instead of starting one.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Instead of serve.temperature; 0 is greedy.")] = None,
+    trace: Annotated[bool, typer.Option("--trace", help="Also list every token: id, mask, logprob, version.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Play one prompt by hand and show turns, tokens by who wrote them (green: sampled), tool calls and timings."""
+    from agentrl.assembly.by_hand import rollout_by_hand, task_by_hand
+    from agentrl.cli.rollout_view import as_json as to_json
+    from agentrl.cli.rollout_view import show
+
+    values = load_config(config, ["serve.replicas=1", *(overrides or [])]).model_dump(mode="json")
+    values["model"]["path"], values["tools"] = model or values["model"]["path"], tools or values["tools"]
+    values["serve"]["urls"] = [server] if server else values["serve"]["urls"]
+    loaded = parse_config(values, place=config or "defaults")
+    _log_to_stderr("rollout", loaded)
+    task = task_by_hand(loaded, prompt=prompt, system=system, row=row, split=split)
+    played = rollout_by_hand(loaded, task, temperature=temperature)
+    if as_json:
+        print(json.dumps(to_json(played), indent=1, default=str))
+    else:
+        show(console, played, trace=trace)
+    raise typer.Exit(1 if played.error else 0)
+
+
+@app.command()
 def sandbox(
     host: Annotated[str, typer.Option(help="Address to bind; other than loopback needs --token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free port.")] = 8080,
@@ -265,6 +302,41 @@ def doctor(
         for f in findings:
             print(f.line())  # not the console's: it would wrap, and a line is what scripts and logs look for
     raise typer.Exit(1 if any(f.level == "fail" for f in findings) else 0)
+
+
+@agent_app.command("run")
+def agent_run(
+    command: Annotated[list[str], typer.Argument(help="Behind --: the program and its arguments, started once per rollout.")],
+    config: ConfigFile,
+    override: Annotated[list[str] | None, typer.Option("--set", "-s", help="key=value; repeat for more.")] = None,
+    split: Annotated[str, typer.Option(help="Tasks of data.train or data.val.")] = "train",
+    n: Annotated[int | None, typer.Option(help="Tasks, from the start of the file.")] = None,
+    samples: Annotated[int, typer.Option(help="Rollouts per task.")] = 1,
+    name: Annotated[str, typer.Option(help="Folder under agents/ for the records.")] = "default",
+    as_json: AsJson = False,
+) -> None:
+    """Run a program once per task against the model, and record its trajectories. Training with it: serve.agent=proxy."""
+    from agentrl.assembly.agents import run_agents
+
+    values = load_config(config, override or []).model_dump(mode="json")
+    values["serve"]["agent"], values["agent"]["command"] = (
+        "proxy",
+        command,
+    )  # not by overrides: a program's text is no Hydra grammar
+    loaded = parse_config(values, place=config)
+    _log_to_stderr("agent", loaded)
+    out, report = run_agents(loaded, split=split, n=n, samples=samples, name=name)
+    if as_json:
+        print(json.dumps({"out": str(out), **report}, indent=1))
+    else:
+        mean = "none" if report["reward_mean"] is None else f"{report['reward_mean']:.3f}"
+        console.print(
+            f"{report['finished']} of {report['rollouts']} rollouts, mean reward {mean}, stops {report['stops']}, "
+            f"failed {report['failed']}, {report['branches']} branches -> {out}", highlight=False, markup=False,
+        )  # fmt: skip
+        for error in report["first_errors"]:
+            print(error, file=sys.stderr)
+    raise typer.Exit(0 if report["finished"] else 1)
 
 
 @data_app.command("prepare")

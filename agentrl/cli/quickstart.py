@@ -8,7 +8,7 @@
 """
 
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from agentrl.assembly.evaluate import EvalMode, evaluate_model
 from agentrl.assembly.parts import load_tokenizer
 from agentrl.assembly.run import run as supervise
 from agentrl.assembly.sft import run_sft_from_config
+from agentrl.cli.rollout_view import runs
 from agentrl.cli.view import RunView
 from agentrl.config import Config
 from agentrl.errors import AgentRLError
@@ -141,7 +142,7 @@ def show_trajectories(console: Console, tokenizer: Any, before: Mapping[str, Any
     for title, record in (("before", old), ("after", new)):
         segment = record["segments"][0]
         text = ""
-        for sampled, ids in _runs(segment["ids"], segment["mask"]):
+        for sampled, ids in runs(segment["ids"], segment["mask"]):
             piece = tokenizer.decode(ids).replace("[", r"\[")
             text += f"[green]{piece}[/green]" if sampled else piece
         console.print(
@@ -182,15 +183,6 @@ def _with_model(config: Config, model: Path) -> Config:
 def _rate(result: Mapping[str, Any]) -> str:
     low, high = result["ci95"]
     return f"{result['success']:.3f} ({low:.2f} to {high:.2f})"
-
-
-def _runs(ids: Sequence[int], mask: Sequence[int]) -> Iterator[tuple[bool, list[int]]]:
-    """Consecutive tokens with the same mask."""
-    start = 0
-    for i in range(1, len(ids) + 1):
-        if i == len(ids) or mask[i] != mask[start]:
-            yield bool(mask[start]), list(ids[start:i])
-            start = i
 
 
 def _progress(console: Console) -> Progress:

@@ -70,6 +70,25 @@ class RewardConfig(Section):
     """What ``solution_str`` holds: what the policy wrote (tool output earns nothing), or everything, as verl passes it."""
 
 
+class ContextConfig(Section):
+    """What happens to a context that grows too long. The rollout goes on in a new segment; nothing sampled is lost or changed."""
+
+    policy: Literal["drop_oldest_tool_results"] = "drop_oldest_tool_results"
+    """Replace the oldest tool results by a note."""
+    at_tokens: PositiveInt
+    """Context length, prompt included, above which it is rewritten before the next turn."""
+    to_tokens: PositiveInt | None = None
+    """How short it shall become; default half of ``at_tokens``. Each rewrite costs the engines the prefix cache of what follows it."""
+    keep: NonNegativeInt = 1
+    """The latest turns whose results are never dropped."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ContextConfig":
+        if self.to_tokens is not None and self.to_tokens > self.at_tokens:
+            raise ValueError(f"serve.context.to_tokens={self.to_tokens} exceeds at_tokens={self.at_tokens}. Lower to_tokens")
+        return self
+
+
 class ServeConfig(Section):
     """Turns tasks into trajectories."""
 
@@ -98,7 +117,8 @@ class ServeConfig(Section):
     engine_auth: bool = False
     """Ask a bearer key, made up for the run, of embedded engines too. They bind to loopback only."""
     agent: str = "tool_agent"
-    """Agent loop for rows that name none: ``tool_agent`` or ``single_turn``."""
+    """Agent loop for rows that name none: ``tool_agent``, ``single_turn``, ``env`` (the Env replies) or ``proxy`` (the command under
+    ``agent``)."""
     parser: str = "auto"
     """Tool-call format of the model: ``hermes``, ``qwen3_coder``, ``llama3_json``, ``mistral``, ``gpt_oss``, ``glm``, ``deepseek`` or
     ``pythonic``; ``auto`` takes the one in which the chat template prints calls."""
@@ -116,6 +136,8 @@ class ServeConfig(Section):
     """Tool calls executed per turn, at most."""
     invalid_calls: PositiveInt = 4
     """Malformed or unknown calls after which a rollout stops with ``tool_limit``."""
+    reply_tokens: PositiveInt = 512
+    """Tokens of one reply of the Env (loop ``env``); longer ones are cut, and say so."""
     in_flight: PositiveInt = 256
     """Rollouts running at once, at most, over all workers."""
     workers: PositiveInt = 1
@@ -138,6 +160,8 @@ class ServeConfig(Section):
     """Top-k sampling; -1 keeps all."""
     turn_timeout_s: PositiveFloat = 300.0
     """Deadline of one generation."""
+    env_timeout_s: PositiveFloat = 60.0
+    """Deadline of one reply of the Env (loop ``env``)."""
     rollout_timeout_s: PositiveFloat = 1200.0
     """Deadline of one rollout, tools included."""
     group_timeout_s: PositiveFloat = 3600.0
@@ -149,6 +173,11 @@ class ServeConfig(Section):
     concurrency: PositiveInt | Literal["auto"] | None = None
     """Requests in flight per engine; the rest wait in serve, evaluation and begun rollouts first. ``auto`` follows each engine's own
     queue and cache; null leaves queueing to the engines."""
+    resume_partial: bool = True
+    """Keep completed turns of unfinished rollouts in Redis, so that a restarted ``serve`` goes on from them (loop ``tool_agent``, where
+    no tool holds state)."""
+    context: ContextConfig | None = None
+    """Rewrite long contexts; none by default."""
     weight_sync: Literal["in_place", "retract", "abort", "rolling"] = "in_place"
     """How running generations meet new weights; per-token versions record it in every mode."""
 
@@ -167,6 +196,31 @@ class ServeConfig(Section):
         if self.min_group > self.n:
             raise ValueError(f"serve.min_group={self.min_group} exceeds the group size serve.n={self.n}. Lower min_group")
         return self
+
+
+class AgentConfig(Section):
+    """A black-box agent that plays rollouts through the OpenAI-compatible endpoint (``serve.agent=proxy``)."""
+
+    command: list[str] = []
+    """Program and arguments, started once per rollout with ``OPENAI_BASE_URL`` and ``OPENAI_API_KEY`` of its own."""
+    env: dict[str, str] = {}
+    """Further variables of its environment. They are recorded with the config: keep secrets in the environment of ``serve``."""
+    cwd: str | None = None
+    """Its working directory; default this process's."""
+    reward: Literal["score", "api", "exit_code"] = "score"
+    """``score``: the run's env or reward.fn. ``api``: what the agent posts. ``exit_code``: 1 where it exits with 0, else 0."""
+    extra_info: list[str] = []
+    """Keys of a row's ``extra_info`` that the agent is told. Many data sets keep the answer there, so the default tells none."""
+    sampling: Literal["policy", "request"] = "policy"
+    """``policy``: temperature and top_p are the run's, whatever a request says; training needs that. ``request`` follows requests."""
+    model_name: str = "policy"
+    """The model's name as agents see it."""
+    host: str = "127.0.0.1"
+    """Address the endpoint binds to."""
+    port: NonNegativeInt = 0
+    """0 takes a free port."""
+    grace_s: PositiveFloat = 5.0
+    """Between asking an agent past its deadline to end and killing its process group."""
 
 
 class QueueConfig(Section):
@@ -533,6 +587,7 @@ class Config(Section):
     """A tool YAML, or its ``tools:`` list in place."""
     reward: RewardConfig = RewardConfig()
     serve: ServeConfig = ServeConfig()
+    agent: AgentConfig = AgentConfig()
     queue: QueueConfig = QueueConfig()
     learn: LearnConfig = LearnConfig()
     sft: SftConfig = SftConfig()
@@ -544,6 +599,12 @@ class Config(Section):
     def _check(self) -> "Config":
         if self.env is not None and self.reward.fn is not None:
             raise ValueError("give either env or reward.fn, not both: each would decide the reward")
+        if self.serve.agent == "env" and self.env is None:
+            raise ValueError("serve.agent=env lets an Env reply to the model, and no env is given: set env=module:Class")
+        if self.serve.agent == "proxy" and not self.agent.command:
+            raise ValueError("serve.agent=proxy runs a program, and none is given: set agent.command, say [python, my_agent.py]")
+        if (self.env is not None or self.reward.fn is not None) and self.agent.reward != "score":
+            raise ValueError(f"agent.reward={self.agent.reward} and env or reward.fn would both decide the reward: keep one")
         return self
 
     @property

@@ -1,9 +1,9 @@
 """One rollout: generate, call tools, repeat, score. The registry of agent loops is here too.
 
-Waits for: a server (``server``), a tool (``tool:<name>``), the scorer (``reward``), each under a deadline that is owned
-here. How a rollout ends:
+Waits for: a server (``server``), a tool (``tool:<name>``), an environment (``env:<name>``), an agent (``agent``), the scorer
+(``reward``), each under a deadline that is owned here. How a rollout ends:
 
-- ``answered``: the model ended its turn and called nothing.
+- ``answered``: the model ended its turn and called nothing, and no environment replied.
 - ``max_turns``: it called tools in its last allowed turn; they are not run, since it could not read their results.
 - ``max_tokens``: the response budget is used up, a tool's result no longer fits (it is then left out), or a turn without
   calls was cut by the per-turn limit. A cut turn *with* calls goes on: the missing end of the turn is appended as
@@ -20,12 +20,15 @@ import dataclasses
 import json
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from agentrl.errors import ConfigError, DeadlineExceeded, GenerationError, RolloutError
-from agentrl.protocols import Generator
+from agentrl.protocols import Env, Generator
 from agentrl.rollout.chat_template import ChatTemplate, call_id
+from agentrl.rollout.context import NOTE, ContextPolicy, ResultSpan, drop_oldest_results
+from agentrl.rollout.partial import PartialRollouts, Progress, snapshot
 from agentrl.rollout.reward import Scorer
 from agentrl.rollout.tool_parsers import FoundCall, ToolParser, get_tool_parser
 from agentrl.rollout.toolbox import Observation, Toolbox, ToolSession
@@ -53,10 +56,16 @@ class Limits:
     """Calls run per turn; the others are answered with this limit."""
     max_invalid_calls: int = 4
     """Malformed, unknown or invalid calls after which the rollout stops."""
+    max_reply_tokens: int = 512
+    """Tokens of one reply of an environment; longer ones are cut."""
     turn_timeout_s: float = 300.0
     """Of one generation."""
+    env_timeout_s: float = 60.0
+    """Of one reply of an environment, and of its ``open``."""
     rollout_timeout_s: float = 1200.0
     """Of the whole rollout, without scoring."""
+    context: ContextPolicy | None = None
+    """When and how a long context is rewritten; None never does."""
 
 
 class Rollout(NamedTuple):
@@ -76,6 +85,14 @@ class SampledTurn:
     """It ended at a token limit rather than with the end of a turn."""
 
 
+class AgentHost(Protocol):
+    """Runs black-box agents for the loop ``proxy``; ``agentrl.rollout.proxy.host.ProxyHost`` is the real one."""
+
+    async def play(self, state: "RolloutState") -> Stop:
+        """Run one agent to its end; everything it samples is recorded on the state."""
+        ...
+
+
 @dataclass(slots=True, kw_only=True)
 class RolloutState:
     """What an agent loop works with."""
@@ -93,6 +110,17 @@ class RolloutState:
     group_id: str
     ends_at: float
     """Loop time at which the rollout's deadline passes."""
+    cleanup: AsyncExitStack
+    """What a loop pushes here runs after scoring, whatever happened."""
+    env: Env | None = None
+    host: AgentHost | None = None
+    partials: PartialRollouts | None = None
+    created: float = 0.0
+    env_state: Any = None
+    score: Score | None = None
+    """Set by a loop that knows the score by itself; the scorer is then not asked."""
+    turn_rewards: list[tuple[int, int, float]] = field(default_factory=list[tuple[int, int, float]])
+    """(segment, token, value), as the trajectory has them."""
     num_turns: int = 0
     num_invalid: int = 0
     tool_rewards: float = 0.0
@@ -101,6 +129,8 @@ class RolloutState:
     final_from: int = 0
     """First of ``texts`` after the last tool result."""
     calls: list[CallRecord] = field(default_factory=list[CallRecord])
+    result_spans: list[ResultSpan] = field(default_factory=list[ResultSpan])
+    """The tool results within the current segment, in order."""
 
     @property
     def tokens_left(self) -> int:
@@ -113,6 +143,7 @@ class RolloutState:
             DeadlineExceeded: no generation within the turn's limit, although the rollout has time left.
             GenerationError: no server could generate, or what came is unusable.
         """
+        self._shorten_context()
         left_s = self.ends_at - asyncio.get_running_loop().time()
         timeout_s = max(0.0, min(self.limits.turn_timeout_s, left_s))
         stops = (*self.sampling.stop_token_ids, *self.template.stop_ids)
@@ -133,21 +164,29 @@ class RolloutState:
                 )
         if generation.finish == "abort":
             raise Aborted(f"{generation.server} aborted the generation after {len(generation.ids)} tokens")
-        return self._append(generation, (time.monotonic() - started) * 1e3, sampling.max_new_tokens)
+        if len(generation.ids) > sampling.max_new_tokens:
+            raise GenerationError(
+                f"{generation.server} returned {len(generation.ids)} tokens although {sampling.max_new_tokens} were asked for"
+            )
+        return self.record(generation, ms=(time.monotonic() - started) * 1e3)
 
-    def _append(self, generation: Generation, ms: float, asked: int) -> SampledTurn:
+    def record(self, generation: Generation, *, ms: float, segment: int | None = None) -> SampledTurn:
+        """Append what was sampled to a segment (by default the current one), as one turn.
+
+        Raises:
+            GenerationError: there are no tokens, or they are unusable.
+        """
         if not generation.ids:
             raise GenerationError(f"{generation.server} returned no tokens (finish={generation.finish})")
-        if len(generation.ids) > asked:
-            raise GenerationError(f"{generation.server} returned {len(generation.ids)} tokens although {asked} were asked for")
-        start, end = self.builder.append_sampled(generation)
+        segment = self.builder.segment if segment is None else segment
+        start, end = self.builder.append_sampled(generation, segment=segment)
         text = self.template.decode(generation.ids)
         self.texts.append(text)
         self.num_turns += 1
         self.builder.add_turn(
             Turn(
                 kind="model",
-                segment=self.builder.segment,
+                segment=segment,
                 start=start,
                 end=end,
                 ms=ms,
@@ -188,6 +227,7 @@ class RolloutState:
         start = end = len(self.builder.token_ids)
         if fits and not is_over:
             start, end = self.builder.append_observed(ids)
+            self.result_spans.append(ResultSpan(start, end, len(messages)))
             self.final_from = len(self.texts)
         for observation in observations:
             self._record(observation, start, end)
@@ -236,16 +276,101 @@ class RolloutState:
             )
         )
 
+    def observe(self, messages: Sequence[Message], *, kind: Literal["tool", "env"], name: str = "", ms: float = 0.0) -> bool:
+        """Append messages that nobody sampled, as the template prints them after the last turn; False where they do not fit.
+
+        Raises:
+            TemplateError: the template rewrites earlier turns.
+        """
+        ids = self.template.observation_ids(messages, last_sampled=self.builder.token_ids[-1])
+        if len(ids) >= self.tokens_left:  # at least one token must remain for the answer
+            return False
+        start, end = self.builder.append_observed(ids)
+        text = "\n".join(str(m.get("content") or "") for m in messages)
+        self.builder.add_turn(
+            Turn(kind=kind, segment=self.builder.segment, start=start, end=end, ms=ms, name=name, text=text)
+        )  # fmt: skip
+        return True
+
+    def new_segment(self, messages: Sequence[Message], *, why: str = "rewritten") -> None:
+        """Go on from another history: summarised, shortened, or of a sub-agent. What was sampled so far stays on record.
+
+        The next generation sees exactly ``messages``, rendered with the generation prompt. They are the new segment's prompt
+        and never trained on, assistant messages among them included. A trajectory's segments share its reward.
+        """
+        self.new_segment_of(self.template.prompt_ids(messages), why=why)
+
+    def new_segment_of(self, prompt_ids: Sequence[int], *, why: str, spans: Sequence[ResultSpan] = ()) -> None:
+        """The same from ids, for example the last segment's with some spans replaced; ``spans`` are its tool results."""
+        self.builder.new_segment(prompt_ids)
+        self.result_spans = list(spans)
+        turn = Turn(
+            kind="env", segment=self.builder.segment, start=0, end=len(prompt_ids), ms=0.0, name="context", text=why
+        )  # fmt: skip
+        self.builder.add_turn(turn)
+
+    def _shorten_context(self) -> None:
+        """Start a segment without the oldest tool results where the limits say so."""
+        policy = self.limits.context
+        if policy is None:
+            return
+
+        def note_ids(count: int, last: int) -> list[int]:
+            notes: list[Message] = [{"role": "tool", "content": NOTE}] * count
+            return self.template.observation_ids(notes, last_sampled=last)
+
+        before = len(self.builder.token_ids)
+        rewrite = drop_oldest_results(self.builder.token_ids, self.result_spans, policy, note_ids)
+        if rewrite is not None:
+            why = f"dropped {rewrite.num_dropped} tool results: {before} -> {len(rewrite.ids)} tokens"
+            self.new_segment_of(rewrite.ids, why=why, spans=rewrite.spans)
+
+    def reward_turn(self, value: float) -> None:
+        """Give the last sampled turn a reward of its own.
+
+        Raises:
+            RolloutError: nothing was sampled yet.
+        """
+        last = next((t for t in reversed(self.builder.turns) if t.kind == "model"), None)
+        if last is None:
+            raise RolloutError(f"a turn reward of {value} came before the model's first turn; give it after a turn")
+        self.turn_rewards.append((last.segment, last.end - 1, float(value)))
+
+    async def keep(self) -> None:
+        """Keep the turns so far for a restart of the process. Call it where the loop would go on by generating."""
+        if self.partials is None:
+            return
+        progress = None
+        if self.tools.is_replayable:
+            progress = Progress(
+                num_turns=self.num_turns, num_invalid=self.num_invalid, tool_rewards=self.tool_rewards, final_from=self.final_from,
+                texts=self.texts, calls=self.calls, result_spans=self.result_spans, turn_rewards=self.turn_rewards,
+                created=self.created,
+            )  # fmt: skip
+        await self.partials.save(self.trajectory_id, snapshot(self.builder, progress))
+
+    async def resume(self) -> None:
+        """Take up what an earlier process kept of this rollout, if it can be taken up."""
+        if self.partials is None:
+            return
+        progress = await self.partials.load(self.trajectory_id, self.builder)
+        if progress is None:
+            return
+        for name in Progress.__slots__:
+            setattr(self, name, getattr(progress, name))
+
     def episode(self, stop: Stop) -> Episode:
         """What scoring sees."""
         return Episode(
             task=self.task,
             assistant_text="\n".join(self.texts),
             final="\n".join(self.texts[self.final_from :]),
-            transcript=self.template.decode_all(self.builder.token_ids[self.builder.prompt_length :]),
+            transcript=self.template.decode_all(self.builder.response_ids()),
             calls=tuple(self.calls),
             stop=stop,
             num_turns=self.num_turns,
+            texts=tuple(self.texts),
+            state=self.env_state,
         )
 
 
@@ -259,6 +384,9 @@ AgentLoop: TypeAlias = Callable[[RolloutState], Awaitable[Stop]]
 """Plays one rollout on the state and returns why it ended."""
 
 _LOOPS: dict[str, AgentLoop] = {}
+
+PROMPTLESS = frozenset({"proxy"})
+"""Loops in which the agent, not the row, makes the prompt."""
 
 
 def agent_loop(name: str) -> Callable[[AgentLoop], AgentLoop]:
@@ -277,6 +405,9 @@ def get_agent_loop(name: str) -> AgentLoop:
     Raises:
         ConfigError: there is none; names those there are.
     """
+    import agentrl.rollout.env_loop  # pyright: ignore[reportUnusedImport]  # both register themselves
+    import agentrl.rollout.proxy.loop  # noqa: F401  # pyright: ignore[reportUnusedImport]
+
     known = _LOOPS.get(name) or _LOOPS.get(name.removesuffix("_agent"))
     if known is None:
         raise ConfigError(f"no agent loop `{name}`; there are: {', '.join(sorted(_LOOPS))}")
@@ -293,6 +424,7 @@ async def single_turn(state: RolloutState) -> Stop:
 @agent_loop("tool_agent")
 async def tool_agent(state: RolloutState) -> Stop:
     """Generate and call tools in turn until the model answers or a limit is reached."""
+    await state.resume()
     while True:
         turn = await state.generate()
         calls = state.find_calls(turn)
@@ -305,6 +437,7 @@ async def tool_agent(state: RolloutState) -> Stop:
         stop = await state.call_tools(calls)
         if stop is not None:
             return stop
+        await state.keep()
 
 
 async def run_rollout(
@@ -325,7 +458,8 @@ async def run_rollout(
     env_name: str,
     parser: str = "hermes",
     require_versions: bool = True,
-    prompt: Callable[[Task], Sequence[Message]] | None = None,
+    host: AgentHost | None = None,
+    partials: PartialRollouts | None = None,
 ) -> Rollout:
     """Roll one task out and score it.
 
@@ -346,7 +480,8 @@ async def run_rollout(
         env_name: recorded.
         parser: tool-call format of the model.
         require_versions: refuse tokens without a policy version; off to evaluate foreign servers.
-        prompt: makes the opening messages (an Env's ``prompt``); by default the task's own.
+        host: runs agents for the loop ``proxy``.
+        partials: keeps completed turns for a restart of the process (loop ``tool_agent``); None keeps nothing.
 
     Raises:
         RolloutError: nothing to train on. ``kind`` says why; ``partial`` holds the `Rollout` so far, with stop
@@ -355,35 +490,52 @@ async def run_rollout(
     play = get_agent_loop(loop)
     created = time.time()
     shown = template.with_tools(toolbox.schemas(task.tool_selection)) if loop != "single_turn" else template.with_tools(None)
-    messages = task.prompt if prompt is None else prompt(task)
-    builder = TrajectoryBuilder(shown.prompt_ids(messages), require_versions=require_versions)
+    env = scorer.env
+    # An agent of its own opens with what it likes; the others with the Env's messages, or the row's.
+    messages = env.prompt(task) if env is not None and hasattr(env, "prompt") else task.prompt
+    opening = None if loop in PROMPTLESS else shown.prompt_ids(messages)
+    builder = TrajectoryBuilder(opening, require_versions=require_versions)
+    state: RolloutState | None = None
 
     def finish(stop: Stop, score: Score) -> Trajectory:
         return builder.finish(
             id=trajectory_id, task_id=task.id, group_id=group_id, ordinal=ordinal, sample_index=sample_index, attempt=attempt,
             env=env_name, agent=loop, data_source=task.data_source, split=task.split, reward=score.reward,
-            reward_terms={"correct": float(score.correct), **score.terms}, stop=stop, created=created, finished=time.time(),
+            reward_terms={"correct": float(score.correct), **score.terms}, stop=stop, created=state.created if state is not None else created, finished=time.time(),
+            turn_rewards=state.turn_rewards if state is not None else (),
         )  # fmt: skip
 
-    state: RolloutState | None = None
-    try:
-        async with toolbox.session(
-            task=task, trajectory_id=trajectory_id, sample_index=sample_index, max_output_tokens=limits.max_tool_tokens
-        ) as tools:
-            state = RolloutState(
-                task=task, template=shown, generator=generator, tools=tools, has_tools=shown.tools is not None,
-                parser=get_tool_parser(parser), limits=limits, sampling=sampling, builder=builder, trajectory_id=trajectory_id,
-                group_id=group_id, ends_at=asyncio.get_running_loop().time() + limits.rollout_timeout_s,
-            )  # fmt: skip
-            stop = await _play(play, state)
-        episode = state.episode(stop)
-        score = await scorer.score(episode, tool_rewards=state.tool_rewards)
-    except RolloutError as error:
-        if state is not None:
-            failed = "aborted" if isinstance(error, Aborted) else f"error:{error.kind}"
-            error.partial = Rollout(finish(failed, Score(correct=0.0)), state.episode(failed))
-        raise
-    return Rollout(finish(stop, score), episode)
+    async with AsyncExitStack() as cleanup:
+        try:
+            async with toolbox.session(
+                task=task, trajectory_id=trajectory_id, sample_index=sample_index, max_output_tokens=limits.max_tool_tokens
+            ) as tools:
+                state = RolloutState(
+                    task=task, template=shown, generator=generator, tools=tools, has_tools=shown.tools is not None,
+                    parser=get_tool_parser(parser), limits=limits, sampling=sampling, builder=builder,
+                    trajectory_id=trajectory_id, group_id=group_id, env=env, host=host, cleanup=cleanup, partials=partials, created=created,
+                    ends_at=asyncio.get_running_loop().time() + limits.rollout_timeout_s,
+                )  # fmt: skip
+                stop = await _play(play, state)
+            episode = state.episode(stop)
+            score = state.score or await scorer.score(episode, tool_rewards=state.tool_rewards)
+        except RolloutError as error:
+            if state is not None:
+                failed = "aborted" if isinstance(error, Aborted) else f"error:{error.kind}"
+                state.turn_rewards.clear()
+                error.partial = Rollout(finish(failed, Score(correct=0.0)), state.episode(failed))
+            if partials is not None:
+                await partials.delete(trajectory_id)
+            raise
+        return Rollout(finish(stop, _with_turn_rewards(score, state.turn_rewards)), episode)
+
+
+def _with_turn_rewards(score: Score, turn_rewards: Sequence[tuple[int, int, float]]) -> Score:
+    """The reward of a rollout is the sum of all it earned, so what turns earned is a term of it."""
+    if not turn_rewards:
+        return score
+    terms = {**score.terms, "turns": sum(value for _, _, value in turn_rewards)}
+    return dataclasses.replace(score, terms=terms)
 
 
 async def _play(play: AgentLoop, state: RolloutState) -> Stop:

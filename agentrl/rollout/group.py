@@ -19,7 +19,7 @@ from agentrl.types import Episode, GroupClose, Task, Trajectory, group_id_of
 
 logger = logging.getLogger(__name__)
 
-RETRYABLE = frozenset({"generation", "tool_infra", "sandbox", "deadline", "aborted", "rollout"})
+RETRYABLE = frozenset({"generation", "tool_infra", "sandbox", "env", "agent", "deadline", "aborted", "rollout"})
 """Kinds of failure that another attempt may cure. A scorer that raised, or a template that does not fit, will again."""
 
 RolloutFunction: TypeAlias = Callable[[Task, str, str, int, int, int], Awaitable[tuple[Trajectory, Episode | None]]]

@@ -40,6 +40,7 @@ class Scorer:
     ) -> None:
         if (env is None) == (fn is None):
             raise TypeError("give `env` or `fn`, one of them")
+        self.env = env
         self._score = None if env is None else env.score
         self._function = fn
         self._solution: Solution = solution

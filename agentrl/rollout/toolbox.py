@@ -237,6 +237,11 @@ class ToolSession:
         self._locks = {name: asyncio.Lock() for name in tools}
         self._caches = {n: ResultCache(d.limits.cache) for n, d in tools.items() if d.limits.cache}
 
+    @property
+    def is_replayable(self) -> bool:
+        """Whether a new session could go on where this one is: nothing was opened that holds state."""
+        return not any(self._tools[name].is_stateful or self._contexts[name].state for name in self._instances)
+
     async def run(self, calls: Sequence[FoundCall], *, turn: int = 0) -> list[Observation]:
         """Answer the calls of one turn, in order. Calls of one stateful tool run one after the other, others together.
 

@@ -24,6 +24,17 @@ class _OpenSegment:
     logprobs: list[float] = field(default_factory=list[float])
     versions: list[int] = field(default_factory=list[int])
 
+    @classmethod
+    def reopened(cls, segment: Segment) -> "_OpenSegment":
+        n = segment.prompt_length
+        return cls(
+            prompt_length=n,
+            ids=segment.ids.tolist(),
+            mask=segment.mask[n:].tolist(),
+            logprobs=segment.logprobs[n:].tolist(),
+            versions=segment.versions[n:].tolist(),
+        )
+
     def close(self) -> Segment:
         n = self.prompt_length
         return Segment(
@@ -39,7 +50,7 @@ class TrajectoryBuilder:
     """The token-level record of one rollout while it grows.
 
     Args:
-        prompt_ids: the rendered prompt.
+        prompt_ids: the rendered prompt; None where the first segment opens later (`new_segment`).
         require_versions: refuse generations whose server reported no policy version. Off for evaluating servers that
             serve no policy of ours.
 
@@ -47,11 +58,12 @@ class TrajectoryBuilder:
         GenerationError: the prompt is empty or holds something that is no token id.
     """
 
-    def __init__(self, prompt_ids: Sequence[int], *, require_versions: bool = True) -> None:
+    def __init__(self, prompt_ids: Sequence[int] | None, *, require_versions: bool = True) -> None:
         self._require_versions = require_versions
         self._segments: list[_OpenSegment] = []
         self.turns: list[Turn] = []
-        self.new_segment(prompt_ids)
+        if prompt_ids is not None:
+            self.new_segment(prompt_ids)
 
     @property
     def token_ids(self) -> list[int]:
@@ -77,6 +89,14 @@ class TrajectoryBuilder:
     def num_sampled(self) -> int:
         return sum(sum(s.mask) for s in self._segments)
 
+    def ids_of(self, segment: int) -> list[int]:
+        """Ids of one segment. Not to be changed by the caller."""
+        return self._segments[segment].ids
+
+    def response_ids(self) -> list[int]:
+        """Everything after the prompts, segment by segment."""
+        return [i for s in self._segments for i in s.ids[s.prompt_length :]]
+
     def tokens_left(self, max_tokens: int) -> int:
         """Response tokens (sampled and observed) that still fit under ``max_tokens``."""
         return max(0, max_tokens - self.num_response_tokens)
@@ -87,8 +107,8 @@ class TrajectoryBuilder:
             raise GenerationError("the prompt has no tokens; check the task's messages and the chat template")
         self._segments.append(_OpenSegment(prompt_length=len(prompt_ids), ids=_checked_ids(prompt_ids)))
 
-    def append_sampled(self, generation: Generation) -> tuple[int, int]:
-        """Extend by what an engine sampled; returns the span [start, end) in the current segment.
+    def append_sampled(self, generation: Generation, *, segment: int = -1) -> tuple[int, int]:
+        """Extend by what an engine sampled; returns the span [start, end) in the segment, by default the current one.
 
         Raises:
             GenerationError: ids, logprobs and versions differ in length or hold values that cannot be right.
@@ -111,23 +131,32 @@ class TrajectoryBuilder:
                 "Wait until the reconciler has brought it to the policy record"
             )
         ids = _checked_ids(generation.ids)
-        segment = self._segments[-1]
-        start = len(segment.ids)
-        segment.ids.extend(ids)
-        segment.mask.extend([True] * num_ids)
-        segment.logprobs.extend(float(x) for x in generation.logprobs)
-        segment.versions.extend(int(v) for v in generation.versions)
-        return start, len(segment.ids)
+        record = self._segments[segment]
+        start = len(record.ids)
+        record.ids.extend(ids)
+        record.mask.extend([True] * num_ids)
+        record.logprobs.extend(float(x) for x in generation.logprobs)
+        record.versions.extend(int(v) for v in generation.versions)
+        return start, len(record.ids)
 
-    def append_observed(self, ids: Sequence[int]) -> tuple[int, int]:
-        """Extend by ids of rendered text, never trained on; returns the span [start, end) in the current segment."""
-        segment = self._segments[-1]
-        start = len(segment.ids)
-        segment.ids.extend(_checked_ids(ids))
-        segment.mask.extend([False] * len(ids))
-        segment.logprobs.extend([0.0] * len(ids))
-        segment.versions.extend([-1] * len(ids))
-        return start, len(segment.ids)
+    def append_observed(self, ids: Sequence[int], *, segment: int = -1) -> tuple[int, int]:
+        """Extend by ids of rendered text, never trained on; returns the span [start, end) in the segment, by default the current."""
+        record = self._segments[segment]
+        start = len(record.ids)
+        record.ids.extend(_checked_ids(ids))
+        record.mask.extend([False] * len(ids))
+        record.logprobs.extend([0.0] * len(ids))
+        record.versions.extend([-1] * len(ids))
+        return start, len(record.ids)
+
+    def segments(self) -> tuple[Segment, ...]:
+        """Everything appended so far."""
+        return tuple(s.close() for s in self._segments)
+
+    def restore(self, segments: Sequence[Segment], turns: Sequence[Turn]) -> None:
+        """Go on from what `segments` and `turns` of an earlier builder gave, in place of what is here."""
+        self._segments = [_OpenSegment.reopened(s) for s in segments]
+        self.turns = list(turns)
 
     def add_turn(self, turn: Turn) -> None:
         """Record what a span was."""
@@ -165,7 +194,7 @@ class TrajectoryBuilder:
             agent=agent,
             data_source=data_source,
             split=split,
-            segments=tuple(s.close() for s in self._segments),
+            segments=self.segments(),
             reward=float(reward),
             reward_terms=dict(reward_terms),
             turn_rewards=tuple(turn_rewards),

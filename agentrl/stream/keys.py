@@ -21,6 +21,7 @@ script may touch all of them.
 | ``leases`` | zset | ordinal -> ms until which its process plays it | rollout processes, when there are several | the same, once the group closed |
 | ``lease_owners`` | hash | ordinal -> ``round:process``; ``next``: lowest ordinal never leased | rollout processes | the same |
 | ``fleet`` | hash | the servers and what they serve, for other rollout processes | serve | serve, at its end |
+| ``partial`` | hash | trajectory id -> completed turns of an unfinished rollout | serve, per turn | serve, when it is put or its group closes |
 | ``fingerprint`` | hash | what serve and learn must agree on | first to start | ``clear_fingerprint`` |
 """
 
@@ -48,6 +49,7 @@ KEY_NAMES: Final = (
     "fleet",
     "requeued",
     "fingerprint",
+    "partial",
 )
 
 
@@ -128,6 +130,10 @@ class Keys:
     @property
     def fingerprint(self) -> str:
         return self.prefix + "fingerprint"
+
+    @property
+    def partial(self) -> str:
+        return self.prefix + "partial"
 
     def blob(self, entry_id: str) -> str:
         """Side key of one large entry, by trajectory id."""

@@ -317,5 +317,5 @@ async def test_loops_are_a_registry() -> None:
     assert rollout.episode.num_turns == 2
     assert_tokens_are_what_was_sampled(rollout, generator)
     assert get_agent_loop("single_turn_agent") is get_agent_loop("single_turn")
-    with pytest.raises(ConfigError, match="no agent loop `tool_agnt`; there are: single_turn, tool_agent"):
+    with pytest.raises(ConfigError, match="no agent loop `tool_agnt`; there are: env, proxy, single_turn, tool_agent"):
         get_agent_loop("tool_agnt")

@@ -99,10 +99,13 @@ def test_engines_are_told_apart_from_weights_tools_and_scorers() -> None:
     assert stage(judge(none_usable)) == ("engine", "a usable engine")
     assert "reports 'base'" in judge(none_usable).text
     cases = {"server": "engine", "tool:code": "tool:code", "reward": "reward", "weights": "weights", "stream": "learn"}
+    cases |= {"env:Game": "env:Game", "agent": "agent"}
     for reason, expected in cases.items():
         verdict = judge(snapshot(serve=serve(100, waits=wait(reason, 90)), learn=learn(100)))
         assert stage(verdict)[0] == expected, reason
         assert verdict.oldest_rollout == "t/1/0/0"
+    inside = {**wait("agent", 300), **wait("server", 90)}
+    assert stage(judge(snapshot(serve=serve(100, waits=inside), learn=learn(100))))[0] == "engine"
 
 
 def test_tokens_that_come_to_nothing_are_no_progress() -> None:

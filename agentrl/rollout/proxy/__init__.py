@@ -1,0 +1,1 @@
+"""An OpenAI-compatible endpoint that records black-box agents token by token."""

@@ -1,0 +1,368 @@
+"""One rollout of a black-box agent, recorded token by token from the requests it makes.
+
+A request carries the whole conversation. Where it extends one that is on record, the recorded ids are extended by the ids of
+the new messages, and sampled ids are never encoded again. Where it does not (the agent rewrote its history, asked the same
+thing twice, or holds several conversations) a new segment begins: from the recorded ids as far as they go, else from a
+render of the whole conversation. Ids of a segment's prompt are never trained on, so nothing is trained twice.
+"""
+
+import asyncio
+import dataclasses
+import re
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import uuid4
+
+from agentrl.errors import DeadlineExceeded, GenerationError, RolloutError, TemplateError
+from agentrl.rollout.agent_loop import RolloutState
+from agentrl.rollout.chat_template import ChatTemplate
+from agentrl.rollout.proxy.messages import fingerprints, template_messages
+from agentrl.supervise import deadline, waiting
+from agentrl.types import CallRecord, Generation, Message, SamplingParams, Score, Stop, ToolCall, Turn
+
+STOP_SLICE = 64
+"""Tokens sampled at a time where the agent gave stop strings, which the engine does not know."""
+
+_OPENING_TAG = re.compile(r"(?:<[^<>\s]{1,40}>|\[[A-Z_]{1,40}\])\s*$")
+"""What a tool-call format writes before a call."""
+
+
+class SessionClosed(RolloutError):
+    """The rollout is over: its agent ended, or its deadline passed."""
+
+    kind = "agent"
+
+
+class LimitReached(RolloutError):
+    """The rollout has used its turns or tokens; ``stop`` is how it ends."""
+
+    def __init__(self, stop: Stop, message: str) -> None:
+        super().__init__(message)
+        self.stop = stop
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """One request, whatever API it came by."""
+
+    messages: Sequence[Message]
+    tools: Sequence[dict[str, Any]] | None = None
+    parses_calls: bool = True
+    max_calls: int | None = None
+    stop: Sequence[str] = ()
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What the model said to one request."""
+
+    content: str
+    calls: Sequence[dict[str, Any]]
+    """In OpenAI's form: ``{id, type, function: {name, arguments}}``, arguments as JSON text."""
+    finish: str
+    """``stop | length | tool_calls``."""
+    prompt_tokens: int
+    generation: Generation
+
+    @property
+    def message(self) -> Message:
+        return {"role": "assistant", "content": self.content, **({"tool_calls": list(self.calls)} if self.calls else {})}
+
+
+@dataclass(frozen=True, slots=True)
+class _Point:
+    """A place in a segment from which a conversation goes on."""
+
+    segment: int
+    length: int
+    """Ids of the segment up to here."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """Where the next turn goes: behind ``start`` and ``observed``, or into a segment of its own."""
+
+    template: ChatTemplate
+    start: _Point | None
+    observed: list[int]
+    """Ids after ``start``; the whole prompt where there is none."""
+    new_messages: Sequence[Message]
+
+
+@dataclass(slots=True, kw_only=True)
+class Session:
+    """See the module's docstring. All methods belong to one event loop.
+
+    Args:
+        state: of the rollout.
+        dumps: JSON text of a call's arguments.
+        follows_request: take temperature and top_p from requests instead of from the run; off in training, because the
+            learner must know the distribution.
+    """
+
+    state: RolloutState
+    key: str
+    dumps: Callable[[Mapping[str, Any]], str]
+    follows_request: bool = False
+    id: str = field(default_factory=lambda: uuid4().hex)
+    branches: int = 0
+    """Segments after the first: how often a conversation did not extend a recorded one."""
+    given: Score | None = None
+    """The reward that came by API."""
+    failure: RolloutError | None = None
+    """The last request's failure, if it was not the agent's doing."""
+    limit: Stop | None = None
+    is_closed: bool = False
+    responses: dict[str, list[Message]] = field(default_factory=dict[str, list[Message]])
+    """Conversations by the id of the response that ended them (Responses API)."""
+    _after_turn: dict[bytes, _Point] = field(default_factory=dict[bytes, _Point])
+    _before_turn: dict[bytes, _Point] = field(default_factory=dict[bytes, _Point])
+    _pending_calls: dict[str, ToolCall] = field(default_factory=dict[str, ToolCall])
+    _scopes: set[asyncio.Timeout] = field(default_factory=set[asyncio.Timeout])
+
+    def close(self) -> None:
+        """Refuse what comes from now on, and break off what runs."""
+        self.is_closed = True
+        now = asyncio.get_running_loop().time()
+        for scope in list(self._scopes):
+            scope.reschedule(now)
+
+    async def answer(self, ask: Ask, *, n: int = 1) -> list[Answer]:
+        """Sample ``n`` turns after the same messages; each goes on record.
+
+        Raises:
+            SessionClosed: the rollout is over.
+            LimitReached: it has no turns or tokens left.
+            TemplateError: the template cannot print these messages.
+            GenerationError, DeadlineExceeded: the engines failed.
+        """
+        try:
+            async with self._until_closed():
+                answers = await self._answers(ask, n)
+        except RolloutError as error:
+            self._note(error)
+            raise
+        self.failure = None
+        return answers
+
+    def _note(self, error: RolloutError) -> None:
+        if isinstance(error, LimitReached):
+            self.limit = error.stop
+        elif isinstance(error, GenerationError | DeadlineExceeded):
+            self.failure = error
+
+    @asynccontextmanager
+    async def _until_closed(self) -> AsyncGenerator[None]:
+        if self.is_closed:
+            raise SessionClosed("this rollout is over; its endpoint takes no more requests")
+        scope = asyncio.timeout(None)
+        try:
+            async with scope:
+                self._scopes.add(scope)
+                yield
+        except TimeoutError as error:
+            if not scope.expired():
+                raise
+            raise SessionClosed("the rollout ended while this request ran; nothing of it was recorded") from error
+        finally:
+            self._scopes.discard(scope)
+
+    async def _answers(self, ask: Ask, n: int) -> list[Answer]:
+        state = self.state
+        if state.num_turns >= state.limits.max_turns:
+            raise LimitReached("max_turns", f"the rollout has used its {state.limits.max_turns} turns (serve.turns)")
+        names = fingerprints(ask.messages, ask.tools)
+        plan = self._plan(ask, names)
+        prefix = [] if plan.start is None else state.builder.ids_of(plan.start.segment)[: plan.start.length]
+        context = [*prefix, *plan.observed]
+        left = state.tokens_left - (0 if plan.start is None else len(plan.observed))
+        if left < 1:
+            raise LimitReached("max_tokens", f"the rollout has used its {state.limits.max_tokens} response tokens (serve.tokens)")
+        started = time.monotonic()
+        generations = [await self._sample(context, ask, left)] if n == 1 else await self._sample_many(n, context, ask, left)
+        ms = (time.monotonic() - started) * 1e3
+        # From here on nothing waits, so a request is on record whole or not at all.
+        return [self._record(ask, plan, context, names, generation, ms) for generation in generations]
+
+    # Where the turn goes
+
+    def _plan(self, ask: Ask, names: Sequence[bytes]) -> _Plan:
+        template = self.state.template.with_tools(ask.tools)
+        if (again := self._before_turn.get(names[-1])) is not None:  # the same question once more, or n > 1
+            return _Plan(template=template, start=again, observed=[], new_messages=())
+        last = max((i for i, m in enumerate(ask.messages) if m["role"] == "assistant"), default=-1)
+        known = self._after_turn.get(names[last + 1]) if last >= 0 else None
+        new = ask.messages[last + 1 :]
+        if known is not None and new:
+            ids = self.state.builder.ids_of(known.segment)
+            try:
+                observed = template.observation_ids(new, last_sampled=ids[known.length - 1])
+            except TemplateError:
+                pass  # the template prints this history in another way once these messages follow: a rewrite
+            else:
+                return _Plan(template=template, start=known, observed=observed, new_messages=new)
+        return _Plan(template=template, start=None, observed=template.prompt_ids(ask.messages), new_messages=())
+
+    # Sampling
+
+    async def _sample_many(self, n: int, context: list[int], ask: Ask, left: int) -> list[Generation]:
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._sample(context, ask, left)) for _ in range(n)]
+        except BaseExceptionGroup as errors:
+            first = next((e for e in errors.exceptions if isinstance(e, RolloutError)), None)
+            if first is None:
+                raise
+            raise first from None
+        return [task.result() for task in tasks]
+
+    async def _sample(self, context: list[int], ask: Ask, left: int) -> Generation:
+        state = self.state
+        timeout_s = max(0.0, min(state.limits.turn_timeout_s, state.ends_at - asyncio.get_running_loop().time()))
+        asked = ask.max_new_tokens if ask.max_new_tokens is not None else left
+        budget = max(1, min(state.sampling.max_new_tokens, state.limits.max_tokens_per_turn, left, asked))
+        stops = (*state.sampling.stop_token_ids, *state.template.stop_ids)
+        sampling = dataclasses.replace(state.sampling, max_new_tokens=budget, stop_token_ids=tuple(dict.fromkeys(stops)))
+        if self.follows_request:
+            sampling = dataclasses.replace(
+                sampling,
+                temperature=sampling.temperature if ask.temperature is None else ask.temperature,
+                top_p=sampling.top_p if ask.top_p is None else ask.top_p,
+            )
+        with waiting("server"):
+            async with deadline(timeout_s, "turn"):
+                if not ask.stop:
+                    return await self._generate(context, sampling, timeout_s)
+                return await self._sample_to_stop(context, sampling, ask.stop, timeout_s)
+
+    async def _sample_to_stop(
+        self, context: list[int], sampling: SamplingParams, stops: Sequence[str], timeout_s: float
+    ) -> Generation:
+        """Slice by slice, until a stop string is complete; the tokens behind it are dropped, sampled or not."""
+        whole: Generation | None = None
+        while True:
+            done = [] if whole is None else whole.ids
+            step = min(STOP_SLICE, sampling.max_new_tokens - len(done))
+            piece = await self._generate([*context, *done], dataclasses.replace(sampling, max_new_tokens=step), timeout_s)
+            whole = piece if whole is None else _joined(whole, piece)
+            at = _tokens_to_stop(self.state.template, whole.ids, len(whole.ids) - len(piece.ids), stops)
+            if at is not None:
+                return _cut(whole, at)
+            if piece.finish != "length" or len(whole.ids) >= sampling.max_new_tokens:
+                return whole
+
+    async def _generate(self, ids: list[int], sampling: SamplingParams, timeout_s: float) -> Generation:
+        state = self.state
+        generation = await state.generator.generate(
+            ids, sampling, trajectory_id=state.trajectory_id, group_id=state.group_id, deadline=timeout_s
+        )
+        if generation.finish == "abort":
+            raise GenerationError(f"{generation.server} aborted the generation after {len(generation.ids)} tokens")
+        if not generation.ids:
+            raise GenerationError(f"{generation.server} returned no tokens (finish={generation.finish})")
+        return generation
+
+    # Recording
+
+    def _record(
+        self, ask: Ask, plan: _Plan, context: list[int], names: Sequence[bytes], generation: Generation, ms: float
+    ) -> Answer:
+        builder = self.state.builder
+        start = plan.start
+        if start is not None and len(builder.ids_of(start.segment)) == start.length:
+            segment = start.segment
+            self._observe(plan, segment)
+        else:  # nothing to extend, or another turn has extended it meanwhile
+            self.branches += bool(builder.turns)
+            builder.new_segment(context)
+            segment = builder.segment
+        turn = self.state.record(generation, ms=ms, segment=segment)
+        answer = self._read(ask, turn.text, generation, len(context))
+        self._before_turn[names[-1]] = _Point(segment, len(builder.ids_of(segment)) - len(generation.ids))
+        said = template_messages([answer.message])[0]  # as it will look when it comes back
+        self._after_turn[fingerprints([*ask.messages, said], ask.tools)[-1]] = _Point(segment, len(builder.ids_of(segment)))
+        return answer
+
+    def _observe(self, plan: _Plan, segment: int) -> None:
+        if not plan.observed:
+            return
+        state = self.state
+        start, end = state.builder.append_observed(plan.observed, segment=segment)
+        for message in plan.new_messages:
+            is_tool = message["role"] == "tool"
+            call = self._pending_calls.pop(str(message.get("tool_call_id")), None) if is_tool else None
+            name, text = str(message.get("name") or ""), str(message["content"])
+            state.builder.add_turn(
+                Turn(
+                    kind="tool" if is_tool else "env",
+                    segment=segment,
+                    start=start,
+                    end=end,
+                    ms=0.0,
+                    name=name or (call.name if call else ""),
+                    arguments=self.dumps(call.arguments) if call else "",
+                    text=text,
+                )
+            )
+            if call is not None:
+                state.calls.append(CallRecord(name=call.name, arguments=call.arguments, ok=True, error_kind="", result=text))
+            if is_tool:
+                state.final_from = len(state.texts)
+
+    def _read(self, ask: Ask, text: str, generation: Generation, prompt_tokens: int) -> Answer:
+        """The turn as the agent sees it. What it is shown need not be all that was sampled; the record is."""
+        is_cut = generation.finish == "length"
+        found = self.state.parser.find_calls(text, is_cut=is_cut) if ask.tools and ask.parses_calls else []
+        calls = [c for c in found if isinstance(c, ToolCall)][: ask.max_calls]
+        content = text
+        for stop in ask.stop:
+            content = content.partition(stop)[0]
+        if calls:
+            before = text[: max(0, text.find(calls[0].raw))] if calls[0].raw else ""
+            content = _OPENING_TAG.sub("", before).rstrip()
+        written: list[dict[str, Any]] = []
+        for call in calls:
+            identity = f"call_{uuid4().hex[:24]}"
+            self._pending_calls[identity] = call
+            function = {"name": call.name, "arguments": self.dumps(call.arguments)}
+            written.append({"id": identity, "type": "function", "function": function})
+        finish = "tool_calls" if written else "length" if is_cut else "stop"
+        return Answer(content=content, calls=written, finish=finish, prompt_tokens=prompt_tokens, generation=generation)
+
+
+def _joined(left: Generation, right: Generation) -> Generation:
+    return dataclasses.replace(
+        right,
+        ids=[*left.ids, *right.ids],
+        logprobs=[*left.logprobs, *right.logprobs],
+        versions=[*left.versions, *right.versions],
+        cached_tokens=left.cached_tokens,
+        ms=left.ms + right.ms,
+    )
+
+
+def _cut(generation: Generation, length: int) -> Generation:
+    return dataclasses.replace(
+        generation,
+        ids=generation.ids[:length],
+        logprobs=generation.logprobs[:length],
+        versions=generation.versions[:length],
+        finish="stop",
+    )
+
+
+def _tokens_to_stop(template: ChatTemplate, ids: Sequence[int], new_from: int, stops: Sequence[str]) -> int | None:
+    """Tokens up to the end of the first stop string, or None; only looked for where the last slice could complete one."""
+    if not any(stop in template.decode(ids) for stop in stops):
+        return None
+    for length in range(new_from + 1, len(ids) + 1):
+        text = template.decode(ids[:length])
+        if any(stop in text for stop in stops):
+            return length
+    return len(ids)
