@@ -18,12 +18,13 @@ re-renders the history would show the model something else than it was trained o
 import difflib
 import json
 import re
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from agentrl.errors import TemplateError
+from agentrl.rollout.token_text import TokenText
 from agentrl.types import Message
 
 _SPLIT = "\ufdd0"
@@ -34,6 +35,9 @@ _MARKER = "qzmarkerzq"
 
 _MARKUP = re.compile(r"[<\[｜].*[>\]｜]", re.DOTALL)
 """Looks of tokens like ``<tool_call>`` or ``[TOOL_RESULTS]``, which many tokenizers add without calling them special."""
+
+_PROMPTS_KEPT = 128
+"""Prompts whose ids are remembered: the members of a group share theirs."""
 
 _EMPTY_THINK = re.compile(r"<think>\s*</think>\s*")
 
@@ -54,13 +58,19 @@ class ChatTemplate:
         tokenizer: a Hugging Face tokenizer with a chat template.
         tools: function schemas (``{"type": "function", "function": {…}}``) shown to the model; None shows none.
         template_kwargs: passed on to the template, for example ``enable_thinking``.
+        text: encodes and decodes for this tokenizer; made here by default.
 
     Raises:
         TemplateError: the tokenizer has no chat template, or its turns do not end with a control token.
     """
 
     def __init__(
-        self, tokenizer: Any, *, tools: Sequence[dict[str, Any]] | None, template_kwargs: dict[str, Any] | None = None
+        self,
+        tokenizer: Any,
+        *,
+        tools: Sequence[dict[str, Any]] | None,
+        template_kwargs: dict[str, Any] | None = None,
+        text: TokenText | None = None,
     ) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise TemplateError("the tokenizer has no chat template; set `chat_template` in its tokenizer_config.json")
@@ -79,6 +89,9 @@ class ChatTemplate:
         self._variants: dict[str, str] = {}
         self._control_counts: dict[tuple[str, ...], Counter[int]] = {}
         self._siblings: dict[str, ChatTemplate] = {}
+        self._bases: dict[tuple[str, int], str] = {}
+        self._prompts: OrderedDict[tuple[tuple[tuple[str, str], ...], ...], list[int]] = OrderedDict()
+        self._text = text or TokenText(tokenizer)
         self.end_of_turn_id = self._find_end_of_turn()
         eos = tokenizer.eos_token_id
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([self.end_of_turn_id] + ([] if eos is None else [int(eos)])))
@@ -90,11 +103,23 @@ class ChatTemplate:
         if key == json.dumps(self.tools, sort_keys=True):
             return self
         if key not in self._siblings:
-            self._siblings[key] = ChatTemplate(self.tokenizer, tools=tools, template_kwargs=self._kwargs)
+            self._siblings[key] = ChatTemplate(self.tokenizer, tools=tools, template_kwargs=self._kwargs, text=self._text)
         return self._siblings[key]
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Ids of ``messages`` with the generation prompt. Control tokens in user and tool text become plain text."""
+        key = _key_of(messages)
+        if key is None:
+            return self._prompt_ids(messages)
+        if key in self._prompts:
+            self._prompts.move_to_end(key)
+        else:
+            self._prompts[key] = self._prompt_ids(messages)
+            if len(self._prompts) > _PROMPTS_KEPT:
+                self._prompts.popitem(last=False)
+        return list(self._prompts[key])
+
+    def _prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         return self._encode(self._render([self._neutral(m) for m in messages], generation_prompt=True))
 
     def observation_ids(self, messages: Sequence[Message], *, last_sampled: int | None = None) -> list[int]:
@@ -127,7 +152,7 @@ class ChatTemplate:
 
     def decode_all(self, ids: Sequence[int]) -> str:
         """Text of any ids, control tokens included."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return self._text.decode(ids)
 
     def self_test(self, *, roles: Sequence[Literal["tool", "user"]] = ("tool",), allow_rewrites: bool = False) -> TemplateReport:
         """Build dialogues piece by piece and compare with one render of the whole.
@@ -180,7 +205,7 @@ class ChatTemplate:
         ids: list[int] = []
         for piece in text.split(_SPLIT):
             if piece:
-                ids.extend(self.tokenizer.encode(piece, add_special_tokens=False))
+                ids.extend(self._text.encode(piece))
         return ids
 
     def _neutral(self, message: Message) -> Message:
@@ -227,7 +252,7 @@ class ChatTemplate:
             opening: list[Message] = [{"role": "user", "content": "q"}, _assistant(kind, len(messages))]
             numbered = [{"tool_call_id": _call_id(i), "name": "f", **m} if is_tool else m for i, m in enumerate(messages)]
             try:
-                base = self._render(opening, generation_prompt=False)
+                base = self._bases.get((kind, len(messages))) or self._render(opening, generation_prompt=False)
                 full = self._render([*opening, *numbered], generation_prompt=True)
                 if _MARKER not in base:
                     raise TemplateError("the template does not print the assistant's turns")
@@ -241,6 +266,7 @@ class ChatTemplate:
                 failure = failure or error
                 continue
             self._variants[role] = kind
+            self._bases[kind, len(messages)] = base
             return base, full
         raise failure or TemplateError("the template does not print the assistant's turns")
 
@@ -363,6 +389,13 @@ def _assistant(kind: str, num_calls: int) -> Message:
 
 def _call_id(index: int) -> str:
     return f"call{index:05d}"  # nine characters: Mistral's templates insist
+
+
+def _key_of(messages: Sequence[Message]) -> tuple[tuple[tuple[str, str], ...], ...] | None:
+    """What the ids of plain messages depend on; None where a value is not text."""
+    if not all(isinstance(value, str) for message in messages for value in message.values()):
+        return None
+    return tuple(tuple(message.items()) for message in messages)
 
 
 def _lookahead(contents: Any) -> re.Pattern[str] | None:
