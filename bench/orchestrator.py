@@ -18,12 +18,15 @@ their own environments (``bench/peer_*.py``) against the same server in the same
 import argparse
 import asyncio
 import cProfile
+import itertools
 import json
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -35,6 +38,7 @@ import orjson
 import uvloop
 
 from agentrl.plugins import tool
+from agentrl.process import settle_garbage_collector
 from agentrl.rollout.agent_loop import Limits, run_rollout
 from agentrl.rollout.chat_template import ChatTemplate
 from agentrl.rollout.reward import Scorer
@@ -94,9 +98,6 @@ def wire_of(ids: list[int], num_chunks: int, *, stream: bool) -> bytes:
         event += b"data: [DONE]\n\n" if end == len(ids) else b""
         parts.append(b"%x\r\n%s\r\n" % (len(event), event))
     return b"".join([*parts, b"0\r\n\r\n"])
-
-
-CHAT_ANSWERS: dict[bytes, bytes] = {}
 
 
 def chat_wire(tokenizer: Any) -> tuple[bytes, bytes]:
@@ -204,6 +205,9 @@ class Sample:
         return 1e6 * self.cpu_s / self.turns
 
 
+_ECHOES = itertools.count()
+
+
 @tool
 async def echo(text: str) -> str:
     """Say it again.
@@ -211,7 +215,7 @@ async def echo(text: str) -> str:
     Args:
         text: what to say.
     """
-    return text
+    return f"{text} {next(_ECHOES) % 100_000:05d}"  # no two results alike: nothing may be gained by remembering them
 
 
 class TrivialEnv:
@@ -294,7 +298,7 @@ class Bench:
         call, _ = answers(self.tokenizer)
         ids = self.template.prompt_ids(self.task(0).prompt)
         assert abs(len(ids) - PROMPT_TOKENS) < 16, len(ids)
-        observation = self.template.observation_ids([{"role": "tool", "content": "seven"}], last_sampled=call[-1])
+        observation = self.template.observation_ids([{"role": "tool", "content": "seven 00000"}], last_sampled=call[-1])
         params = {"max_new_tokens": TURN_TOKENS, "temperature": 1.0, "skip_special_tokens": False, "stop_token_ids": [2, 0]}
         bodies: list[bytes] = []
         for _ in range(TURNS):
@@ -403,14 +407,14 @@ def start_server(num_chunks: int) -> tuple[subprocess.Popen[str], str]:
     return server, f"http://127.0.0.1:{int(line.split()[1])}"
 
 
-def run_peer(name: str, python: str, url: str, in_flight: int, episodes: int) -> Sample | str:
+def run_peer(name: str, python: str, url: str, in_flight: int, episodes: int, tokenizer: str) -> Sample | str:
     """One repeat of a peer in its own environment; the reason where it does not run."""
     script = Path(__file__).with_name(f"peer_{name}.py")
-    command = [python, str(script), url, str(in_flight), str(episodes)]
+    command = [python, str(script), url, str(in_flight), str(episodes), tokenizer]
     clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(command, capture_output=True, text=True, env=clean, timeout=300, check=False)
     if done.returncode:
-        return f"{name} failed with {done.returncode}: {done.stderr.strip().splitlines()[-1:]}"
+        return f"{name} failed with exit code {done.returncode}: {done.stderr.strip().splitlines()[-1:]}"
     values = json.loads(done.stdout.strip().splitlines()[-1])
     return Sample(int(values["turns"]), float(values["wall_s"]), float(values["cpu_s"]))
 
@@ -447,9 +451,12 @@ def main() -> None:
         uvloop.run(serve(args.chunks))
         return
     server, url = start_server(args.chunks)
+    folder = tempfile.mkdtemp(prefix="arl-bench-")
     results: list[dict[str, Any]] = []
     try:
         bench = Bench(url)
+        bench.tokenizer.save_pretrained(folder)
+        settle_garbage_collector()  # as serve does; both sides are measured under it
         sides: dict[str, Side] = {"bare": bench.bare, "manager": bench.manager, "ours": bench.ours}
         for in_flight in (int(n) for n in args.in_flight.split(",")):
             episodes = max(args.episodes, in_flight)
@@ -463,7 +470,7 @@ def main() -> None:
                 for name, side in sides.items():
                     samples[name].append(uvloop.run(measure(side, in_flight, episodes)))
                 for name, python in peers.items():
-                    outcome = failed.get(name) or run_peer(name, python, url, in_flight, max(64, in_flight))
+                    outcome = failed.get(name) or run_peer(name, python, url, in_flight, max(64, in_flight), folder)
                     if isinstance(outcome, str):
                         failed[name] = outcome
                     else:
@@ -478,6 +485,7 @@ def main() -> None:
     finally:
         server.kill()
         server.wait()
+        shutil.rmtree(folder, ignore_errors=True)
     if args.json:
         print(json.dumps(results))
 

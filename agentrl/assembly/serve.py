@@ -39,6 +39,7 @@ from agentrl.assembly.sandbox import sandbox_process
 from agentrl.assembly.watchdog import ServeProgress, Watchdog, waits_now
 from agentrl.config import Config, dump_config
 from agentrl.data.task_source import TaskSource
+from agentrl.process import settle_garbage_collector
 from agentrl.rollout.agent_loop import Limits, run_rollout
 from agentrl.rollout.chat_template import ChatTemplate
 from agentrl.rollout.group import RolloutFunction
@@ -94,6 +95,7 @@ async def serve(config: Config, directory: RunDir) -> None:
     directory.register("serve")
     try:
         async with _rollouts(config, directory) as (worker, status):
+            settle_garbage_collector()
             directory.event("serve_ready")
             watchdog = _watch(Watchdog(directory, config))
             async with running(worker=worker.run(), status=_report(directory, status), watchdog=watchdog):

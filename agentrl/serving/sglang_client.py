@@ -244,13 +244,15 @@ class SGLangClient:
         have = len(partial)
         fresh = _fresh_count(ids, meta, partial.ids)
         if fresh > 0:
-            new_ids, new_entries = ids[-fresh:], entries[-fresh:]
-            if len(new_ids) != fresh or list(map(_TOKEN, new_entries)) != new_ids:
+            new_ids, new_entries = (ids, entries) if fresh == len(ids) == len(entries) else (ids[-fresh:], entries[-fresh:])
+            tokens = list(map(_TOKEN, new_entries))
+            if len(new_ids) != fresh or tokens != new_ids:
                 raise EngineUnavailable(
                     f"{self.url} sent {len(new_ids)} ids and {len(new_entries)} logprobs for {fresh} new tokens, or they name "
                     "other tokens; they must pair up. Start the engine without flags that drop logprobs."
                 )
-            logprobs = list(map(float, map(_LOGPROB, new_entries)))
+            logprobs: list[float] = list(map(_LOGPROB, new_entries))
+            # The sum is the quick test: it is not finite if one of them is not, and no number if one of them is none.
             if not math.isfinite(sum(logprobs)) and not all(map(math.isfinite, logprobs)):
                 raise EngineUnavailable(
                     f"{self.url} sent a logprob that is not finite among tokens {have}..{have + fresh}: its weights are likely "
