@@ -43,6 +43,7 @@ from agentrl.rollout.agent_loop import Limits, run_rollout
 from agentrl.rollout.chat_template import ChatTemplate
 from agentrl.rollout.reward import Scorer
 from agentrl.rollout.tool_loading import load_tools
+from agentrl.rollout.toolbox import Toolbox
 from agentrl.rollout.worker import RolloutWorker
 from agentrl.serving.server_manager import AsyncLLMServerManager
 from agentrl.testing.tiny_model import EOS_TOKEN_ID, make_tiny_tokenizer
@@ -276,11 +277,15 @@ class Bench:
     def __init__(self, url: str) -> None:
         self.url = url
         self.tokenizer = make_tiny_tokenizer()
-        self.toolbox = load_tools([{"use": f"{Path(__file__).resolve()}:echo"}], tokenizer=self.tokenizer)
-        self.template = ChatTemplate(self.tokenizer, tools=self.toolbox.schemas())
+        self.template = ChatTemplate(self.tokenizer, tools=self.toolbox().schemas())
         self.limits = Limits(max_turns=TURNS, max_tokens=8192, max_tokens_per_turn=TURN_TOKENS, turn_timeout_s=120)
         self.text = self._prompt_text()
         self.bodies = self._bodies()
+
+    def toolbox(self) -> Toolbox:
+        """The trivial tool; one toolbox per event loop."""
+        entry = {"use": f"{Path(__file__).resolve()}:echo", "concurrency": 1024}
+        return load_tools([entry], tokenizer=self.tokenizer)
 
     def task(self, ordinal: int) -> Task:
         """Every group has a prompt of its own."""
@@ -311,7 +316,7 @@ class Bench:
         return bodies
 
     async def ours(self, in_flight: int, episodes: int, session: aiohttp.ClientSession) -> int:
-        sink = CountingSink()
+        sink, toolbox = CountingSink(), self.toolbox()
         scorer = Scorer(env=TrivialEnv())
         sampling = SamplingParams(max_new_tokens=TURN_TOKENS)
         async with AsyncLLMServerManager(session=session, vocab_size=len(self.tokenizer)) as manager:
@@ -323,7 +328,7 @@ class Bench:
                 task: Task, trajectory_id: str, group_id: str, ordinal: int, sample: int, attempt: int
             ) -> tuple[Trajectory, Episode]:
                 return await run_rollout(
-                    task, loop="tool_agent", template=self.template, generator=manager, toolbox=self.toolbox, scorer=scorer,
+                    task, loop="tool_agent", template=self.template, generator=manager, toolbox=toolbox, scorer=scorer,
                     limits=self.limits, sampling=sampling, trajectory_id=trajectory_id, group_id=group_id, ordinal=ordinal,
                     sample_index=sample, attempt=attempt, env_name="bench",
                 )  # fmt: skip

@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeAlias, cast
 from agentrl.errors import ConfigError, DeadlineExceeded, RolloutError, ToolError, ToolInfraError
 from agentrl.plugins import Truncate
 from agentrl.protocols import ToolContext, ToolResult
+from agentrl.rollout.bounded_call import bounded_call
 from agentrl.rollout.circuit import CircuitBreaker
 from agentrl.rollout.tool import ArgumentError, Arguments, ToolSchema
 from agentrl.rollout.tool_instances import ToolInstance, as_result, awaited
@@ -333,11 +334,11 @@ class ToolSession:
             instance = await self._opened(declared)
             self._contexts[declared.name].turn = turn
             try:
-                async with deadline(declared.limits.timeout_s, f"tool:{declared.name}"):
-                    try:
-                        value = await instance.call(arguments)
-                    except DeadlineExceeded as error:  # the tool's own, not ours
-                        raise ToolInfraError(f"tool `{declared.name}`: {error}") from error
+                value = await bounded_call(
+                    _own_deadlines_apart(instance, arguments, declared.name),
+                    declared.limits.timeout_s,
+                    f"tool:{declared.name}",
+                )
             except DeadlineExceeded as error:
                 own = error
                 raise
@@ -394,6 +395,14 @@ class ToolSession:
     def _shortened(self, text: str, limits: ToolLimits) -> str:
         limit = limits.output_tokens if self._max_output_tokens is None else min(limits.output_tokens, self._max_output_tokens)
         return text if self._tokenizer is None else cut_to_tokens(self._tokenizer, text, limit, limits.truncate)
+
+
+async def _own_deadlines_apart(instance: ToolInstance, arguments: dict[str, Any], name: str) -> Any:
+    """The call's value; a deadline of the tool's own is its failure, not our limit."""
+    try:
+        return await instance.call(arguments)
+    except DeadlineExceeded as error:
+        raise ToolInfraError(f"tool `{name}`: {error}") from error
 
 
 async def _close(instance: ToolInstance, name: str) -> None:
