@@ -12,7 +12,7 @@ logprobs in SGLang's shape. Episodes have 5 turns after a prompt of 2,048 ids; f
 - ``bare``: an aiohttp client that posts ready bytes of the same requests and reads the answer with orjson. The floor.
 
 CPU time is that of the client process, all threads; repeats of the sides alternate, and medians are shown. Peers run in
-their own environments (``bench/peer_*.py``) against the same server in the same run.
+their own environments (``bench/peers/``) against the same server in the same run.
 """
 
 import argparse
@@ -414,7 +414,7 @@ def start_server(num_chunks: int) -> tuple[subprocess.Popen[str], str]:
 
 def run_peer(name: str, python: str, url: str, in_flight: int, episodes: int, tokenizer: str) -> Sample | str:
     """One repeat of a peer in its own environment; the reason where it does not run."""
-    script = Path(__file__).with_name(f"peer_{name}.py")
+    script = Path(__file__).parent / "peers" / f"run_{name}.py"
     command = [python, str(script), url, str(in_flight), str(episodes), tokenizer]
     clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(command, capture_output=True, text=True, env=clean, timeout=300, check=False)

@@ -1,6 +1,6 @@
 """Makespan and prefix-cache hits of routing policies over simulated servers, ours and others', on the same episodes.
 
-    python bench/routing.py [--servers 2,8,64] [--load 64,192] [--seeds 5]
+    python bench/routing.py [--servers 2,8,64] [--load 64,192] [--seeds 3]
 
 A discrete-event simulation. A server shares its speed among its requests: each decodes ``SPEED`` tokens/s until there are more
 than ``BATCH``, from where on the total stays. A prompt token that is not in the server's cache costs ``1 / PREFILL`` of a
@@ -287,7 +287,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--servers", default="2,8,64")
     parser.add_argument("--load", default="64,192", help="rollouts per server")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     results: list[dict[str, Any]] = []

@@ -1,6 +1,6 @@
 """verl's ``ToolAgentLoop`` on the episodes of ``bench/orchestrator.py``; run by it in an environment that has verl.
 
-    python bench/peer_verl.py URL IN_FLIGHT EPISODES TOKENIZER_DIR
+    python bench/peers/run_verl.py URL IN_FLIGHT EPISODES TOKENIZER_DIR
 
 verl reaches its engines through Ray actors, which need a GPU. Here its loop gets a server client that posts to the instant
 server with aiohttp and orjson, which is cheaper than what verl has: what is measured is its loop, tokenizing and tools.

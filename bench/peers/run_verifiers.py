@@ -1,6 +1,6 @@
 """``verifiers`` (its ``ToolEnv``) on the episodes of ``bench/orchestrator.py``; run by it in an environment that has verifiers.
 
-    python bench/peer_verifiers.py URL IN_FLIGHT EPISODES TOKENIZER_DIR
+    python bench/peers/run_verifiers.py URL IN_FLIGHT EPISODES TOKENIZER_DIR
 
 It speaks to the server's chat completions with the OpenAI client, as it always does. Prints one line of JSON.
 """
