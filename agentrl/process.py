@@ -1,6 +1,7 @@
-"""How child processes are tied to the process that started them, and where they listen."""
+"""How child processes are tied to the process that started them, where they listen, and how often a process collects garbage."""
 
 import ctypes
+import gc
 import os
 import signal
 import socket
@@ -39,3 +40,14 @@ def free_port(host: str) -> int:
     with socket.socket() as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
+
+
+def settle_garbage_collector() -> None:
+    """Collect seldom, and never again what exists now. For a process that has loaded its libraries and begins its real work.
+
+    A generation's answer holds a small list per token, so Python's defaults (a collection every 700 new containers) walk the
+    young objects several times per turn, and now and then every object that the libraries made.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)

@@ -72,6 +72,11 @@ async def deadline(seconds: float, stage: str) -> AsyncGenerator[None, None]:
         raise
 
 
+def num_left_behind() -> int:
+    """Calls that still run although nobody waits for them: they ignored their cancellation."""
+    return sum(not task.done() for task in _LEFT_BEHIND)
+
+
 async def bounded(work: Coroutine[Any, Any, T], seconds: float, stage: str) -> T:
     """Await foreign code for ``seconds``, and no longer when it ignores its cancellation: then it is left behind, with a warning.
 

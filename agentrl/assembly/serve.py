@@ -47,6 +47,7 @@ from agentrl.assembly.servers import SERVERS_TOKEN
 from agentrl.assembly.watchdog import ServeProgress, Watchdog, waits_now
 from agentrl.config import Config, dump_config
 from agentrl.data.task_source import TaskSource
+from agentrl.process import settle_garbage_collector
 from agentrl.protocols import Generator
 from agentrl.rollout.agent_loop import AgentHost, Limits, run_rollout
 from agentrl.rollout.chat_template import ChatTemplate
@@ -112,6 +113,7 @@ async def serve(config: Config, directory: RunDir) -> None:
     directory.register("serve")
     try:
         async with _players(config, directory) as players:
+            settle_garbage_collector()
             directory.event("serve_ready")
             watchdog = _watch(Watchdog(directory, config))
             status = report_status(directory, "serve", players.status)

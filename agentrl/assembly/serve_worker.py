@@ -19,6 +19,7 @@ from agentrl.assembly.serve import DRAIN_LIMIT_S, AdoptedProgress, report_status
 from agentrl.assembly.serve_workers import WorkerOrder
 from agentrl.assembly.watchdog import ServeProgress
 from agentrl.config import Config, parse_config
+from agentrl.process import settle_garbage_collector
 from agentrl.rollout.admission import group_budget
 from agentrl.serving.server_manager import AsyncLLMServerManager
 from agentrl.stream.fleet_board import FleetBoard
@@ -77,6 +78,7 @@ async def play(order: WorkerOrder, *, stop: asyncio.Event | None = None, is_orph
             "rollouts": worker.run(),
             "status": status,
         }
+        settle_garbage_collector()
         async with running(**loops):
             await stop.wait()
             if not is_orphan():

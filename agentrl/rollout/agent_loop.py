@@ -39,6 +39,9 @@ from agentrl.types import CallRecord, Episode, Generation, Message, SamplingPara
 _LATE_S = 0.05
 """A generation that fails this close to the rollout's end failed because of it."""
 
+_CALLEE_FIRST_S = 0.2
+"""How long the generator may be late before it is cut off: given the chance, it says what it waited for."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
@@ -154,7 +157,7 @@ class RolloutState:
         )
         started = time.monotonic()
         with waiting("server"):
-            async with deadline(timeout_s, "turn"):
+            async with deadline(timeout_s + _CALLEE_FIRST_S, "turn"):
                 generation = await self.generator.generate(
                     self.builder.token_ids,
                     sampling,

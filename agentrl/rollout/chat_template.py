@@ -22,13 +22,14 @@ re-renders the history would show the model something else than it was trained o
 
 import json
 import re
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from agentrl.errors import TemplateError
 from agentrl.rollout.template_self_test import WHAT_TO_DO, TemplateReport, self_test
 from agentrl.rollout.token_diff import show_difference
+from agentrl.rollout.token_text import TokenText
 from agentrl.types import Message
 
 _SPLIT = "\ufdd0"
@@ -45,6 +46,11 @@ _TURN_ENDS = ("<|eom_id|>", "<|eom|>", "<|call|>", "<|return|>")
 
 _PROBE = "qzresultzq"
 """Content of a synthetic result; a template that does not print it would hide the tools' answers from the model."""
+
+_PROMPTS_KEPT = 128
+"""Prompts whose ids are remembered: the members of a group share theirs."""
+_BASES_KEPT = 256
+"""Synthetic dialogues whose text is remembered: what is rendered at every append is the whole that must continue them."""
 
 _PLAIN_NAME = re.compile(r"[\w.\-]{1,64}", re.ASCII)
 _PLAIN_ID = re.compile(r"[A-Za-z0-9]{9}")
@@ -81,6 +87,7 @@ class ChatTemplate:
         template_kwargs: passed on to the template, for example ``enable_thinking``.
         allow_rewrites: accept a template that changes earlier turns when messages follow. What follows a turn is then taken
             from where the template prints it, whatever it did to the turns before; sampled turns stay as they are.
+        text: encodes and decodes for this tokenizer; made here by default.
 
     Raises:
         TemplateError: the tokenizer has no chat template, or nothing tells where its turns end.
@@ -93,6 +100,7 @@ class ChatTemplate:
         tools: Sequence[dict[str, Any]] | None,
         template_kwargs: dict[str, Any] | None = None,
         allow_rewrites: bool = False,
+        text: TokenText | None = None,
     ) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise TemplateError("the tokenizer has no chat template; set `chat_template` in its tokenizer_config.json")
@@ -111,6 +119,9 @@ class ChatTemplate:
         self._variants: dict[tuple[str, bool], _Kind] = {}
         self._control_counts: dict[tuple[str, ...], Counter[int]] = {}
         self._siblings: dict[str, ChatTemplate] = {}
+        self._bases: OrderedDict[str, str] = OrderedDict()
+        self._prompts: OrderedDict[tuple[tuple[tuple[str, str], ...], ...], list[int]] = OrderedDict()
+        self._text = text or TokenText(tokenizer)
         self.arguments_as_text = self._wants_text()
         """The template takes a call's arguments as JSON text (DeepSeek), not as an object."""
         prompt = self.render([{"role": "user", "content": _MARKER}], generation_prompt=True)
@@ -138,12 +149,24 @@ class ChatTemplate:
             return self
         if key not in self._siblings:
             self._siblings[key] = ChatTemplate(
-                self.tokenizer, tools=tools, template_kwargs=self._kwargs, allow_rewrites=self.allow_rewrites
+                self.tokenizer, tools=tools, template_kwargs=self._kwargs, allow_rewrites=self.allow_rewrites, text=self._text
             )
         return self._siblings[key]
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Ids of ``messages`` with the generation prompt. Control tokens in user and tool text become plain text."""
+        key = _key_of(messages)
+        if key is None:
+            return self._prompt_ids(messages)
+        if key in self._prompts:
+            self._prompts.move_to_end(key)
+        else:
+            self._prompts[key] = self._prompt_ids(messages)
+            if len(self._prompts) > _PROMPTS_KEPT:
+                self._prompts.popitem(last=False)
+        return list(self._prompts[key])
+
+    def _prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         return self.encode(self.render([self.neutral(m) for m in messages], generation_prompt=True))
 
     def observation_ids(self, messages: Sequence[Message], *, last_sampled: int | None = None) -> list[int]:
@@ -179,7 +202,7 @@ class ChatTemplate:
 
     def decode_all(self, ids: Sequence[int]) -> str:
         """Text of any ids, control tokens included."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return self._text.decode(ids)
 
     def self_test(
         self, *, roles: Sequence[Literal["tool", "user"]] = ("tool",), allow_rewrites: bool | None = None
@@ -239,7 +262,7 @@ class ChatTemplate:
         ids: list[int] = []
         for piece in text.split(_SPLIT):
             if piece:
-                ids.extend(self.tokenizer.encode(piece, add_special_tokens=False))
+                ids.extend(self._text.encode(piece))
         return ids
 
     def neutral(self, message: Message) -> Message:
@@ -280,7 +303,7 @@ class ChatTemplate:
     def _tail_after(self, kind: _Kind, messages: Sequence[Message]) -> list[int]:
         turn, numbered = self._synthetic(kind, messages)
         opening: list[Message] = [{"role": "user", "content": "q"}, turn]
-        base = self.render(opening, generation_prompt=False)
+        base = self._base(opening)
         full = self.render([*opening, *numbered], generation_prompt=True)
         if _MARKER not in base:
             raise TemplateError("the template does not print the assistant's turns")
@@ -308,6 +331,16 @@ class ChatTemplate:
         ):
             raise self._not_preserving(messages, base, full)
         return ids[end:]
+
+    def _base(self, opening: list[Message]) -> str:
+        key = json.dumps(opening, sort_keys=True)
+        if key in self._bases:
+            self._bases.move_to_end(key)
+        else:
+            self._bases[key] = self.render(opening, generation_prompt=False)
+            if len(self._bases) > _BASES_KEPT:
+                self._bases.popitem(last=False)
+        return self._bases[key]
 
     def _require_printed(self, kind: _Kind, messages: Sequence[Message]) -> None:
         probes: list[Message] = [{**m, "content": _PROBE} for m in messages]
@@ -462,6 +495,13 @@ def _up_to_marker(text: str, nth: int) -> str:
 
 def _unique(ids: Sequence[int | None]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(i) for i in ids if i is not None))
+
+
+def _key_of(messages: Sequence[Message]) -> tuple[tuple[tuple[str, str], ...], ...] | None:
+    """What the ids of plain messages depend on; None where a value is not text."""
+    if not all(isinstance(value, str) for message in messages for value in message.values()):
+        return None
+    return tuple(tuple(message.items()) for message in messages)
 
 
 def _lookahead(contents: Any) -> re.Pattern[str] | None:

@@ -4,11 +4,12 @@ Ids enter in two ways: `append_sampled` takes what an engine returned (mask True
 `append_observed` takes ids of rendered text (mask False). No id that was appended is changed, moved or removed.
 """
 
-import math
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from agentrl.errors import GenerationError
 from agentrl.types import Generation, Segment, Stop, Trajectory, Turn
@@ -16,33 +17,51 @@ from agentrl.types import Generation, Segment, Stop, Trajectory, Turn
 _INT32_MAX = 2**31 - 1
 
 
+@dataclass(frozen=True, slots=True)
+class _Sampled:
+    """What an engine returned for ``ids[start : start + len(logprobs)]`` of its segment."""
+
+    start: int
+    logprobs: NDArray[np.float64]
+    versions: NDArray[np.int64]
+
+
 @dataclass(slots=True)
 class _OpenSegment:
     prompt_length: int
     ids: list[int]
-    mask: list[bool] = field(default_factory=list[bool])
-    logprobs: list[float] = field(default_factory=list[float])
-    versions: list[int] = field(default_factory=list[int])
+    sampled: list[_Sampled] = field(default_factory=list[_Sampled])
+
+    @property
+    def num_response_tokens(self) -> int:
+        return len(self.ids) - self.prompt_length
+
+    @property
+    def num_sampled(self) -> int:
+        return sum(len(span.logprobs) for span in self.sampled)
 
     @classmethod
     def reopened(cls, segment: Segment) -> "_OpenSegment":
-        n = segment.prompt_length
-        return cls(
-            prompt_length=n,
-            ids=segment.ids.tolist(),
-            mask=segment.mask[n:].tolist(),
-            logprobs=segment.logprobs[n:].tolist(),
-            versions=segment.versions[n:].tolist(),
-        )
+        edges = np.flatnonzero(np.diff(segment.mask.astype(np.int8), prepend=0, append=0)).tolist()
+        sampled = [
+            _Sampled(start, segment.logprobs[start:end].astype(np.float64), segment.versions[start:end].astype(np.int64))
+            for start, end in zip(edges[::2], edges[1::2], strict=True)
+        ]
+        return cls(prompt_length=segment.prompt_length, ids=segment.ids.tolist(), sampled=sampled)
 
     def close(self) -> Segment:
-        n = self.prompt_length
+        n = len(self.ids)
+        mask, logprobs = np.zeros(n, dtype=np.bool_), np.zeros(n, dtype=np.float32)
+        versions = np.full(n, -1, dtype=np.int32)
+        for span in self.sampled:
+            tokens = slice(span.start, span.start + len(span.logprobs))
+            mask[tokens], logprobs[tokens], versions[tokens] = True, span.logprobs, span.versions
         return Segment(
-            ids=np.asarray(self.ids, dtype=np.int32),
-            mask=np.asarray([False] * n + self.mask, dtype=np.bool_),
-            logprobs=np.asarray([0.0] * n + self.logprobs, dtype=np.float32),
-            versions=np.asarray([-1] * n + self.versions, dtype=np.int32),
-            prompt_length=n,
+            ids=np.array(array("I", self.ids), dtype=np.int32),
+            mask=mask,
+            logprobs=logprobs,
+            versions=versions,
+            prompt_length=self.prompt_length,
         )
 
 
@@ -83,11 +102,11 @@ class TrajectoryBuilder:
     @property
     def num_response_tokens(self) -> int:
         """Tokens after the prompts, sampled and observed, over all segments."""
-        return sum(len(s.mask) for s in self._segments)
+        return sum(s.num_response_tokens for s in self._segments)
 
     @property
     def num_sampled(self) -> int:
-        return sum(sum(s.mask) for s in self._segments)
+        return sum(s.num_sampled for s in self._segments)
 
     def ids_of(self, segment: int) -> list[int]:
         """Ids of one segment. Not to be changed by the caller."""
@@ -119,13 +138,14 @@ class TrajectoryBuilder:
                 f"{generation.server} returned {num_ids} ids, {num_logprobs} logprobs and {num_versions} versions; they must "
                 "match. Check that the server returns a logprob and a version for every token"
             )
-        bad = [x for x in generation.logprobs if not math.isfinite(x)]
-        if bad:
+        logprobs, versions = np.array(generation.logprobs, np.float64), np.array(generation.versions, np.int64)
+        if not np.isfinite(logprobs).all():
+            bad = logprobs[~np.isfinite(logprobs)]
             raise GenerationError(
                 f"{generation.server} returned {len(bad)} of {num_ids} logprobs that are not finite (first: {bad[0]}). "
                 "Check the server's numerics; such a turn cannot be trained on"
             )
-        if self._require_versions and any(v < 0 for v in generation.versions):
+        if self._require_versions and (versions < 0).any():
             raise GenerationError(
                 f"{generation.server} reported no policy version for some tokens; it does not serve a policy of this run. "
                 "Wait until the reconciler has brought it to the policy record"
@@ -134,9 +154,7 @@ class TrajectoryBuilder:
         record = self._segments[segment]
         start = len(record.ids)
         record.ids.extend(ids)
-        record.mask.extend([True] * num_ids)
-        record.logprobs.extend(float(x) for x in generation.logprobs)
-        record.versions.extend(int(v) for v in generation.versions)
+        record.sampled.append(_Sampled(start, logprobs, versions))
         return start, len(record.ids)
 
     def append_observed(self, ids: Sequence[int], *, segment: int = -1) -> tuple[int, int]:
@@ -144,9 +162,6 @@ class TrajectoryBuilder:
         record = self._segments[segment]
         start = len(record.ids)
         record.ids.extend(_checked_ids(ids))
-        record.mask.extend([False] * len(ids))
-        record.logprobs.extend([0.0] * len(ids))
-        record.versions.extend([-1] * len(ids))
         return start, len(record.ids)
 
     def segments(self) -> tuple[Segment, ...]:
@@ -206,8 +221,11 @@ class TrajectoryBuilder:
 
 
 def _checked_ids(ids: Sequence[int]) -> list[int]:
-    checked = [int(i) for i in ids]
-    if any(i < 0 or i > _INT32_MAX for i in checked):
-        wrong = next(i for i in checked if i < 0 or i > _INT32_MAX)
-        raise GenerationError(f"{wrong} is no token id; ids lie in [0, {_INT32_MAX}]")
-    return checked
+    """A copy of the ids as plain integers. Runs over every token, hence no loop in Python."""
+    try:
+        checked = array("I", ids)  # of its integer types, the one that converts without parsing a format
+    except (TypeError, OverflowError) as error:
+        raise GenerationError(f"one of {len(ids)} values is no token id ({error}); ids lie in [0, {_INT32_MAX}]") from error
+    if len(checked) and int(np.frombuffer(checked, np.uint32).max()) > _INT32_MAX:
+        raise GenerationError(f"{max(checked)} is no token id; ids lie in [0, {_INT32_MAX}]")
+    return checked.tolist()

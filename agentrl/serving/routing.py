@@ -28,16 +28,20 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overload:
-    """When a request leaves its home. Both must hold."""
+    """When a request leaves its home. Margin and ratio must both hold."""
 
-    tokens: int = 8192
-    """Home must be this many tokens (per unit of capacity) above the best alternative, plus the request's own prefix."""
+    tokens: int = 2048
+    """Home must be this many tokens (per unit of capacity) above the best alternative, besides what follows."""
+    prefixes: float = 12.0
+    """And this many times the request's own prefix above it: about so many requests like this one. It scales the margin with
+    the traffic, and makes a request the harder to move the more another server would have to compute again. Measured by
+    ``bench/routing.py``: at 1 to 4, idle servers pull requests off their cache and nobody ends sooner."""
     ratio: float = 1.5
     """Home must be above this multiple of the best alternative."""
 
     def __post_init__(self) -> None:
-        if self.tokens < 0 or self.ratio < 1:
-            raise ValueError(f"overload tokens={self.tokens} must be >= 0 and ratio={self.ratio} >= 1")
+        if self.tokens < 0 or self.prefixes < 0 or self.ratio < 1:
+            raise ValueError(f"overload tokens={self.tokens}, prefixes={self.prefixes} must be >= 0 and ratio={self.ratio} >= 1")
 
 
 DEFAULT_OVERLOAD = Overload()
@@ -91,5 +95,5 @@ def choose_server(
 
 
 def _is_overloaded(home: Candidate, best_load: float, prefix_tokens: int, overload: Overload) -> bool:
-    margin = (overload.tokens + prefix_tokens) / home.capacity
+    margin = (overload.tokens + overload.prefixes * prefix_tokens) / home.capacity
     return home.load > best_load + margin and home.load > best_load * overload.ratio

@@ -73,7 +73,7 @@ class _Call:
 
     @property
     def context(self) -> list[int]:
-        return [*self.ids, *self.so_far.ids]
+        return [*self.ids, *self.so_far.ids] if self.so_far.ids or not isinstance(self.ids, list) else self.ids
 
     @property
     def is_complete(self) -> bool:
@@ -430,9 +430,9 @@ class AsyncLLMServerManager(Generator):
             return None
         legal = server.legal_labels(visit)
         piece = visit.piece
-        cut = next((index for index, label in enumerate(piece.labels) if label not in legal), None)
-        if cut is None:
+        if legal.issuperset(piece.labels):
             return None
+        cut = next(index for index, label in enumerate(piece.labels) if label not in legal)
         wrong = piece.labels[cut]
         self._counters["tokens_discarded"] += len(piece) - cut
         piece.truncate(cut)

@@ -13,12 +13,16 @@ of the chunk it arrived in: at a version boundary up to one chunk of tokens may 
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Mapping, Sequence
+from array import array
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any, Literal, TypeAlias, cast
 
 import aiohttp
+import numpy as np
 import orjson
+from yarl import URL
 
 from agentrl.errors import GenerationError, WeightSyncError
 from agentrl.types import FinishReason, SamplingParams, version_of_label
@@ -28,6 +32,8 @@ PauseMode: TypeAlias = Literal["in_place", "retract", "abort"]
 _REFUSED_FOR_GOOD = frozenset({400, 413, 422})
 _BUSY = frozenset({429, 503})
 _ERROR_TEXT_LIMIT = 400
+_LOGPROB, _TOKEN = itemgetter(0), itemgetter(1)
+"""Of one ``[logprob, token, text]`` entry."""
 
 
 class EngineRejected(GenerationError):
@@ -65,6 +71,8 @@ class PartialGeneration:
     def versions(self) -> list[int]:
         """Per token, the policy version; -1 where the label is not one of ours."""
         known = {label: version_of_label(label) for label in set(self.labels)}
+        if len(known) == 1:
+            return list(known.values()) * len(self.labels)
         return [known[label] for label in self.labels]
 
     def truncate(self, length: int) -> None:
@@ -126,6 +134,7 @@ class SGLangClient:
         self.span_shift = 0
         self.is_embedded = False
         self._session = session
+        self._generate_url = URL(f"{self.url}/generate")
         self._stream_interval = stream_interval
         self._generate_timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s, sock_read=stall_timeout_s)
         self._control_timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s)
@@ -164,7 +173,7 @@ class SGLangClient:
         body = orjson.dumps(self._generate_body(ids, sampling, rid, cache_namespace, adapter), option=orjson.OPT_SERIALIZE_NUMPY)
         try:
             async with self._session.post(
-                f"{self.url}/generate", data=body, headers=self._headers, timeout=self._generate_timeout
+                self._generate_url, data=body, headers=self._headers, timeout=self._generate_timeout
             ) as response:
                 if response.status != 200:
                     raise _refusal(self.url, response.status, await response.text(), adapter)
@@ -195,10 +204,10 @@ class SGLangClient:
         if len(ids) == 0:
             raise EngineRejected("an empty prompt was about to be sent. Every generation needs at least one token.")
         if self.vocab_size is not None:
-            low, high = min(ids), max(ids)
-            if low < 0 or high >= self.vocab_size:
+            highest = _highest(ids)
+            if highest >= self.vocab_size:
                 raise EngineRejected(
-                    f"token ids {low}..{high} do not fit a vocabulary of {self.vocab_size}: an unchecked id kills SGLang. "
+                    f"token id {highest} does not fit a vocabulary of {self.vocab_size}: an unchecked id kills SGLang. "
                     "The tokenizer and the served model differ."
                 )
 
@@ -242,14 +251,16 @@ class SGLangClient:
         have = len(partial)
         fresh = _fresh_count(ids, meta, partial.ids)
         if fresh > 0:
-            new_ids, new_entries = ids[-fresh:], entries[-fresh:]
-            if len(new_ids) != fresh or [entry[1] for entry in new_entries] != new_ids:
+            new_ids, new_entries = (ids, entries) if fresh == len(ids) == len(entries) else (ids[-fresh:], entries[-fresh:])
+            tokens = list(map(_TOKEN, new_entries))
+            if len(new_ids) != fresh or tokens != new_ids:
                 raise EngineUnavailable(
                     f"{self.url} sent {len(new_ids)} ids and {len(new_entries)} logprobs for {fresh} new tokens, or they name "
                     "other tokens; they must pair up. Start the engine without flags that drop logprobs."
                 )
-            logprobs = [float(entry[0]) for entry in new_entries]
-            if not all(map(math.isfinite, logprobs)):
+            logprobs: list[float] = list(map(_LOGPROB, new_entries))
+            # The sum is the quick test: it is not finite if one of them is not, and no number if one of them is none.
+            if not math.isfinite(sum(logprobs)) and not all(map(math.isfinite, logprobs)):
                 raise EngineUnavailable(
                     f"{self.url} sent a logprob that is not finite among tokens {have}..{have + fresh}: its weights are likely "
                     "broken. Check the last published checkpoint for nan."
@@ -416,23 +427,41 @@ class SGLangClient:
             raise WeightSyncError(f"{self.url}{path} failed: {what}. Look at that engine's log.") from error
 
 
+def _highest(ids: Sequence[int]) -> int:
+    """The highest id. The whole context passes here at every turn, hence no loop in Python.
+
+    Raises:
+        EngineRejected: a negative number, or no number.
+    """
+    try:
+        return int(np.frombuffer(array("I", ids), np.uint32).max())
+    except (TypeError, OverflowError) as error:
+        raise EngineRejected(f"one of {len(ids)} values is no token id: {error}. The tokenizer or the loop is broken.") from error
+
+
 def expand_spans(spans: Sequence[Mapping[str, Any]], num_tokens: int, *, shift: int) -> list[str | None]:
     """Per-token labels of ``weight_versions`` spans (``end`` exclusive), boundaries moved ``shift`` tokens later.
 
     None where no span covers the token.
     """
     labels: list[str | None] = [None] * num_tokens
-    for index, span in enumerate(sorted(spans, key=lambda span: int(span["start"]))):
-        start = int(span["start"]) + (shift if index else 0)
-        for token in range(start, min(int(span["end"]) + shift, num_tokens)):
-            labels[token] = str(span["version"])
+    for start, end, label in _spans(spans, num_tokens, shift):
+        labels[start:end] = [label] * (end - start)
     return labels
 
 
+def _spans(spans: Sequence[Mapping[str, Any]], num_tokens: int, shift: int) -> Iterator[tuple[int, int, str]]:
+    """(start, end, label) of each span within ``[0, num_tokens)``, in order, where it is not empty."""
+    for index, span in enumerate(sorted(spans, key=lambda span: int(span["start"]))):
+        start = max(0, int(span["start"]) + (shift if index else 0))
+        end = min(int(span["end"]) + shift, num_tokens)
+        if start < end:
+            yield start, end, str(span["version"])
+
+
 def _relabel(labels: list[str], spans: Sequence[Mapping[str, Any]], shift: int) -> None:
-    for token, label in enumerate(expand_spans(spans, len(labels), shift=shift)):
-        if label is not None:
-            labels[token] = label
+    for start, end, label in _spans(spans, len(labels), shift):
+        labels[start:end] = [label] * (end - start)
 
 
 def _fresh_count(ids: list[int], meta: Mapping[str, Any], known: list[int]) -> int:

@@ -2,27 +2,35 @@
 
 The sampled tokens are a pure function of the whole context (``next_token``), so a generation that is broken off and
 continued on another server must come out equal to ``pseudo_tokens``. Logprobs are a function of the token.
-Without ``token_latency_s`` a generation is one chunk and no sleep: that is the mode for benches.
+Without ``token_latency_s`` a generation is one chunk and no sleep: that is the mode for benches. ``first_token_s`` and
+``length`` draw from distributions (`lognormal`), seeded and by request, so that two runs see the same misfortunes.
 
     async with FakeSGLang(token_latency_s=0.001) as server:
         manager.add_server(server.url)
         server.crash_after(tokens=5)
+        server.stall_after(tokens=5)
 
-As a process of its own: ``python -m agentrl.testing.fake_sglang --port P --weight-version base``.
+As a process of its own: ``python -m agentrl.testing.fake_sglang --port P --weight-version base``; ``--help`` lists what can be
+scripted there.
 """
 
 import argparse
 import asyncio
 import hashlib
 import hmac
+import math
 import os
+import random
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import orjson
 from aiohttp import web
+
+Distribution: TypeAlias = Callable[[random.Random], float]
+"""Draws one value."""
 
 VOCAB_SIZE = 1000
 BASE_LABEL = "default"
@@ -48,6 +56,11 @@ def pseudo_logprob(token: int) -> float:
     return -0.01 - (token % 97) / 50
 
 
+def lognormal(median: float, sigma: float, *, limit: float = math.inf) -> Distribution:
+    """Heavy-tailed values around ``median``, none above ``limit``; ``sigma`` 0 is always the median."""
+    return lambda rng: min(limit, rng.lognormvariate(math.log(median), sigma)) if sigma else min(limit, median)
+
+
 @dataclass(slots=True, eq=False)
 class _Live:
     """One request in the engine."""
@@ -65,6 +78,9 @@ class _Live:
     num_retractions: int = 0
     is_aborted: bool = False
     is_lost: bool = False
+    stall_at: int | None = None
+    ends_at: int | None = None
+    is_running: bool = False
 
     @property
     def finish(self) -> dict[str, Any] | None:
@@ -94,7 +110,11 @@ class FakeSGLang:
         port: 0 takes a free one at the first start.
         check_path: refuse updates from a directory that does not exist, as SGLang does.
         sampler: the token after a context; must be a pure function of it.
-        max_running: requests that generate at once; the others queue. None takes any number.
+        first_token_s: seconds before a request's first token.
+        length: tokens after which a request ends by itself, with its first stop token; None leaves the end to the sampler.
+        max_running: requests that sample at once; the others wait, as in SGLang's queue.
+        max_total_tokens: size of the pretended cache, for ``token_usage``.
+        seed: of the distributions.
     """
 
     def __init__(
@@ -110,9 +130,17 @@ class FakeSGLang:
         check_path: bool = True,
         port: int = 0,
         sampler: Callable[[Sequence[int]], int] = next_token,
+        first_token_s: Distribution | None = None,
+        length: Distribution | None = None,
         max_running: int | None = None,
+        max_total_tokens: int = 100_000,
+        seed: int = 0,
     ) -> None:
-        self.max_running = max_running
+        self._first_token_s, self._length, self._seed = first_token_s, length, seed
+        self.max_running, self._max_total_tokens = max_running, max_total_tokens
+        self._prompt_tokens = self._cached_tokens = 0
+        self.exit_after_tokens: int | None = None
+        """The whole process exits, like a crash, once it sampled so many tokens."""
         self.refused_paths: set[str] = set()
         """Directories whose weights it cannot load."""
         self.adapters: dict[str, str] = {}
@@ -146,9 +174,10 @@ class FakeSGLang:
         self._live: dict[str, _Live] = {}
         self._stalled = False
         self._crashes: deque[int] = deque()
+        self._stalls: deque[int] = deque()
         self._failures: deque[_Failure] = deque()
         self._failed_updates: deque[_Failure] = deque()
-        self._prefixes: set[tuple[str, tuple[int, ...]]] = set()
+        self._prefixes: set[int] = set()
         self._runner: web.AppRunner | None = None
         self._port = port
         self._transports: set[asyncio.Transport] = set()
@@ -209,6 +238,10 @@ class FakeSGLang:
     def crash_after(self, *, tokens: int) -> None:
         """The next request's connection is reset when ``tokens`` tokens were sent; the server lives on."""
         self._crashes.append(tokens)
+
+    def stall_after(self, *, tokens: int) -> None:
+        """The next request falls silent when ``tokens`` tokens were sent; its connection stays open."""
+        self._stalls.append(tokens)
 
     def fail_next(self, status: int, *, times: int = 1, message: str = "scripted") -> None:
         """Answer the next ``/generate`` calls with an error."""
@@ -302,13 +335,20 @@ class FakeSGLang:
             stop_token_ids=frozenset(sampling.get("stop_token_ids") or ()),
             incremental=self.incremental,
             cached_tokens=self._cached(str(body.get("extra_key")), ids),
+            stall_at=self._stalls.popleft() if self._stalls else None,
         )
+        rng = random.Random(f"{self._seed} {len(self.requests)}")
+        if self._length is not None:
+            live.ends_at = max(1, round(self._length(rng)))
         self._live[rid] = live
         self.max_live = max(self.max_live, len(self._live))
         crash_at = self._crashes.popleft() if self._crashes else None
         try:
             while self._stalled or (self._is_queued(live) and not live.is_aborted):
                 await self._next_departure()
+            live.is_running = True
+            if self._first_token_s is not None:
+                await asyncio.sleep(self._first_token_s(rng))
             return await (self._stream(request, live, crash_at) if body.get("stream") else self._answer(live))
         except asyncio.CancelledError:
             self.num_disconnects += 1
@@ -326,13 +366,16 @@ class FakeSGLang:
 
     def _cached(self, namespace: str, ids: Sequence[int]) -> int:
         """Prompt tokens whose whole 16-token blocks were seen before in this namespace."""
-        hits = 0
+        hits, prefix = 0, hash(namespace)
         for end in range(16, len(ids) + 1, 16):
-            block = (namespace, tuple(ids[:end]))
-            if block in self._prefixes:
+            prefix = hash((prefix, *ids[end - 16 : end]))
+            if prefix in self._prefixes:
                 hits = end
-            self._prefixes.add(block)
-        return min(hits, len(ids) - 1)
+            self._prefixes.add(prefix)
+        hits = min(hits, len(ids) - 1)
+        self._prompt_tokens += len(ids)
+        self._cached_tokens += hits
+        return hits
 
     async def _answer(self, live: _Live) -> web.Response:
         while live.finish is None:
@@ -358,8 +401,13 @@ class FakeSGLang:
                 assert request.transport is not None
                 request.transport.abort()
                 return
-            if live.finish is None:
+            is_silent = live.stall_at is not None and len(live.ids) >= live.stall_at
+            if live.finish is None or is_silent:
+                if is_silent:
+                    del live.ids[live.stall_at :], live.labels[live.stall_at :]
                 await response.write(b"data: " + orjson.dumps(self._chunk(live)) + b"\n\n")
+            if is_silent:
+                await asyncio.Event().wait()
         await response.write(b"data: " + orjson.dumps(self._chunk(live)) + b"\n\ndata: [DONE]\n\n")
         await response.write_eof()
 
@@ -372,11 +420,14 @@ class FakeSGLang:
                 live.num_retractions = 1
             await self._resumed.wait()
         while live.finish is None:
-            token = self._sampler(live.context)
+            is_last = live.ends_at is not None and len(live.ids) + 1 >= live.ends_at
+            token = min(live.stop_token_ids) if is_last and live.stop_token_ids else self._sampler(live.context)
             live.context.append(token)
             live.ids.append(token)
             live.labels.append(self.label)
             self.num_tokens += 1
+            if self.exit_after_tokens is not None and self.num_tokens >= self.exit_after_tokens:
+                os._exit(1)
             if self.token_latency_s:
                 await asyncio.sleep(self.token_latency_s)
                 return
@@ -498,12 +549,17 @@ class FakeSGLang:
         known = self.num_foreign + sum(not live.is_lost for live in self._live.values())
         running = known if self.max_running is None else min(known, self.max_running)
         held = running if self.is_paused else 0
+        used = sum(len(live.context) for live in self._live.values() if live.is_running)
         load = {
             "dp_rank": 0,
             "num_running_reqs": running - held,
             "num_waiting_reqs": known - running,
-            "token_usage": 0.0,
-            "max_running_requests": None,
+            "num_used_tokens": used,
+            "num_total_tokens": sum(len(live.context) for live in self._live.values()),
+            "max_total_num_tokens": self._max_total_tokens,
+            "max_running_requests": self.max_running,
+            "token_usage": min(1.0, used / self._max_total_tokens),
+            "cache_hit_rate": self._cached_tokens / self._prompt_tokens if self._prompt_tokens else 0.0,
             "queues": {"paused": held},
         }
         return web.json_response({"version": "fake", "loads": [load]})
@@ -529,8 +585,18 @@ def _bad_request(message: str) -> web.Response:
     return web.json_response({"error": {"message": message}}, status=400)
 
 
-async def _serve(port: int, label: str, token_latency_s: float) -> None:
-    async with FakeSGLang(port=port, label=label, token_latency_s=token_latency_s):
+async def _serve(args: argparse.Namespace) -> None:
+    server = FakeSGLang(
+        port=args.port,
+        label=args.weight_version,
+        token_latency_s=args.token_latency_s,
+        first_token_s=lognormal(args.first_token_s, args.first_token_sigma) if args.first_token_s else None,
+        length=lognormal(args.length, args.length_sigma) if args.length else None,
+        max_running=args.max_running_requests,
+        seed=args.random_seed,
+    )
+    server.exit_after_tokens = args.exit_after_tokens
+    async with server:
         await asyncio.get_running_loop().create_future()
 
 
@@ -539,9 +605,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m agentrl.testing.fake_sglang")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--weight-version", default=BASE_LABEL)
-    parser.add_argument("--token-latency-s", type=float, default=0.0)
+    parser.add_argument("--token-latency-s", type=float, default=0.0, help="per sampled token")
+    parser.add_argument("--first-token-s", type=float, default=0.0, help="median seconds before the first token")
+    parser.add_argument("--first-token-sigma", type=float, default=0.0, help="of its logarithm")
+    parser.add_argument("--length", type=float, default=0.0, help="median tokens of a generation; 0 leaves it to the sampler")
+    parser.add_argument("--length-sigma", type=float, default=0.0, help="of its logarithm")
+    parser.add_argument("--max-running-requests", type=int, default=None)
+    parser.add_argument("--exit-after-tokens", type=int, default=None, help="die after so many sampled tokens")
+    parser.add_argument("--random-seed", type=int, default=0)
     args, _ = parser.parse_known_args()
-    asyncio.run(_serve(args.port, args.weight_version, args.token_latency_s))
+    asyncio.run(_serve(args))
 
 
 if __name__ == "__main__":

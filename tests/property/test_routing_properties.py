@@ -24,11 +24,11 @@ def test_the_choice_is_home_or_a_least_loaded_candidate(servers: list[Candidate]
 
 @given(CANDIDATES, st.integers(0, 50_000), st.integers(0, 2**16))
 def test_home_is_left_only_when_it_is_far_above_the_best_alternative(servers: list[Candidate], prefix: int, seed: int) -> None:
-    overload = Overload(tokens=1000, ratio=1.5)
+    overload = Overload(tokens=1000, prefixes=3.0, ratio=1.5)
     home = servers[0]
     url = choose_server(servers, home=home.url, prefix_tokens=prefix, overload=overload, rng=random.Random(seed))
     least = min(server.load for server in servers)
-    must_leave = home.load > least + (1000 + prefix) / home.capacity and home.load > 1.5 * least
+    must_leave = home.load > least + (1000 + 3 * prefix) / home.capacity and home.load > 1.5 * least
     assert (url != home.url) == must_leave
 
 
@@ -37,6 +37,27 @@ def test_a_busy_fleet_alone_never_moves_anyone(servers: list[Candidate], seed: i
     level = [Candidate(server.url, int(10_000_000 * server.capacity), server.capacity) for server in servers]
     for server in level:
         assert choose_server(level, home=server.url, rng=random.Random(seed)) == server.url
+
+
+@given(CANDIDATES, st.integers(1, 5_000), st.integers(0, 2**16), st.sampled_from([2, 8, 64]))
+def test_larger_traffic_of_the_same_shape_moves_the_same_requests(
+    servers: list[Candidate], prefix: int, seed: int, scale: int
+) -> None:
+    overload = Overload(tokens=0)
+    larger = [Candidate(server.url, server.tokens_in_flight * scale, server.capacity) for server in servers]
+    home = servers[-1].url
+    small = choose_server(servers, home=home, prefix_tokens=prefix, overload=overload, rng=random.Random(seed))
+    large = choose_server(larger, home=home, prefix_tokens=prefix * scale, overload=overload, rng=random.Random(seed))
+    assert small == large
+
+
+@given(CANDIDATES, st.integers(0, 20_000), st.integers(0, 20_000), st.integers(0, 2**16))
+def test_a_longer_prefix_never_makes_a_request_leave_that_a_shorter_one_would_keep(
+    servers: list[Candidate], prefix: int, more: int, seed: int
+) -> None:
+    home = servers[0].url
+    if choose_server(servers, home=home, prefix_tokens=prefix, rng=random.Random(seed)) == home:
+        assert choose_server(servers, home=home, prefix_tokens=prefix + more, rng=random.Random(seed)) == home
 
 
 def test_ties_are_broken_evenly() -> None:

@@ -9,7 +9,7 @@ from agentrl.serving.routing import Candidate, Overload, choose_server
 
 def choose(loads: dict[str, int], home: str | None = None, prefix: int = 0) -> str:
     servers = [Candidate(url, tokens) for url, tokens in loads.items()]
-    overload = Overload(tokens=100, ratio=1.5)
+    overload = Overload(tokens=100, prefixes=2.0, ratio=1.5)
     return choose_server(servers, home=home, prefix_tokens=prefix, overload=overload, rng=random.Random(0))
 
 
@@ -26,8 +26,8 @@ def test_a_home_beyond_the_margin_loses_it_to_the_best_alternative() -> None:
 
 
 def test_a_long_prefix_makes_the_request_stay_longer() -> None:
-    assert choose({"a": 600, "b": 9}, home="a", prefix=500) == "a"
-    assert choose({"a": 610, "b": 9}, home="a", prefix=500) == "b"
+    assert choose({"a": 1109, "b": 9}, home="a", prefix=500) == "a"
+    assert choose({"a": 1110, "b": 9}, home="a", prefix=500) == "b"
 
 
 def test_at_high_load_the_ratio_decides() -> None:
@@ -47,3 +47,5 @@ def test_twice_the_capacity_is_half_the_load() -> None:
 def test_senseless_overload_limits_are_refused() -> None:
     with pytest.raises(ValueError, match="ratio=0.5"):
         Overload(ratio=0.5)
+    with pytest.raises(ValueError, match="prefixes=-1"):
+        Overload(prefixes=-1)

@@ -1,0 +1,101 @@
+"""The fake server's distributions, queue, cache and scripted misfortunes, over real HTTP."""
+
+import asyncio
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from agentrl.serving.sglang_client import EngineUnavailable, PartialGeneration, SGLangClient
+from agentrl.testing.fake_sglang import FakeSGLang, lognormal, pseudo_tokens
+from agentrl.types import SamplingParams
+
+PROMPT = list(range(40))
+SAMPLING = SamplingParams(max_new_tokens=64, stop_token_ids=(999,))
+
+
+async def generate(server: FakeSGLang, session: aiohttp.ClientSession, number: int, **options: Any) -> PartialGeneration:
+    return await SGLangClient(server.url, session=session, **options).generate(PROMPT, SAMPLING, rid=f"{number:032d}")
+
+
+@pytest.mark.asyncio
+async def test_lengths_are_drawn_per_request_and_end_with_the_stop_token() -> None:
+    lengths: list[list[int]] = []
+    for _ in range(2):
+        async with FakeSGLang(length=lognormal(10, 0.8, limit=40), seed=3) as server, aiohttp.ClientSession() as session:
+            made = [await generate(server, session, number) for number in range(40)]
+        assert all(piece.ids[-1] == 999 and piece.finish == "stop" for piece in made)
+        assert all(piece.ids[:-1] == pseudo_tokens(PROMPT, len(piece) - 1) for piece in made)
+        lengths.append([len(piece) for piece in made])
+    assert lengths[0] == lengths[1], "the same seed, the same lengths"
+    assert 6 <= statistics.median(lengths[0]) <= 16
+    assert max(lengths[0]) > 2 * statistics.median(lengths[0])
+
+
+@pytest.mark.asyncio
+async def test_what_exceeds_the_running_requests_waits_and_the_load_says_so() -> None:
+    async with FakeSGLang(token_latency_s=30, max_running=2, max_total_tokens=1000) as server, aiohttp.ClientSession() as session:
+        tasks = [asyncio.create_task(generate(server, session, number)) for number in range(5)]
+        client = SGLangClient(server.url, session=session)
+        async with asyncio.timeout(20):
+            while (load := (await client.loads(timeout_s=5))["loads"][0])["num_waiting_reqs"] < 3:
+                await asyncio.sleep(0.01)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    assert (load["num_running_reqs"], load["num_waiting_reqs"], load["max_running_requests"]) == (2, 3, 2)
+    assert load["token_usage"] == load["num_used_tokens"] / 1000 == pytest.approx(0.08, abs=0.01)
+    assert load["cache_hit_rate"] == pytest.approx(4 * 32 / 200)
+
+
+@pytest.mark.asyncio
+async def test_blocks_seen_before_are_cached_within_their_namespace() -> None:
+    async with FakeSGLang() as server, aiohttp.ClientSession() as session:
+        client = SGLangClient(server.url, session=session)
+
+        async def cached(ids: list[int], namespace: str | None = None) -> int:
+            number = len(server.requests)
+            return (await client.generate(ids, SAMPLING, rid=f"{number:032d}", cache_namespace=namespace)).cached_tokens
+
+        assert [await cached(PROMPT), await cached(PROMPT), await cached([*PROMPT, *range(60)])] == [0, 32, 32]
+        assert await cached([5, *PROMPT[1:]]) == 0
+        assert await cached(PROMPT, "v2") == 0
+
+
+@pytest.mark.asyncio
+async def test_a_scripted_stall_sends_its_tokens_and_then_nothing() -> None:
+    async with FakeSGLang() as server, aiohttp.ClientSession() as session:
+        server.stall_after(tokens=5)
+        piece = PartialGeneration()
+        client = SGLangClient(server.url, session=session, stall_timeout_s=0.3)
+        with pytest.raises(EngineUnavailable):
+            await client.generate(PROMPT, SAMPLING, rid="0" * 32, into=piece)
+        assert piece.ids == pseudo_tokens(PROMPT, 5)
+        assert (await generate(server, session, 1)).ids == pseudo_tokens(PROMPT, 64), "only the next request stalls"
+
+
+@pytest.mark.asyncio
+async def test_a_process_can_be_scripted_to_die(tmp_path: Path) -> None:
+    from agentrl.process import free_port
+
+    port = free_port("127.0.0.1")
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "agentrl.testing.fake_sglang", "--port", str(port), "--exit-after-tokens", "100",
+    )  # fmt: skip
+    try:
+        async with aiohttp.ClientSession() as session, asyncio.timeout(60):
+            client = SGLangClient(f"http://127.0.0.1:{port}", session=session)
+            while not await client.is_ready(timeout_s=2):
+                await asyncio.sleep(0.05)
+            first = await client.generate(PROMPT, SAMPLING, rid="0" * 32)
+            assert len(first) == 64
+            with pytest.raises(EngineUnavailable):
+                await client.generate(PROMPT, SAMPLING, rid="1" * 32)
+            assert await process.wait() == 1
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
