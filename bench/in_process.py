@@ -217,7 +217,7 @@ class _Rig:
         ]
         if self._config.learn.needs_greedy_baseline:
             rollouts += [self._greedy(task, f"{task.id}/{o}/{size}/0", f"{task.id}/{o}", o, size, 0) for o, task in tasks]
-        played = [trajectory for trajectory, _ in asyncio.run(self._sampler.play(rollouts))]
+        played = [trajectory for trajectory, _ in self._loop.run(self._sampler.play(rollouts))]
         members, greedy = played[: count * size], played[count * size :]
         baselines: list[float | None] = [t.reward for t in greedy] or [None] * count
         return [_closed(o, task, members[i * size : (i + 1) * size], baselines[i]) for i, (o, task) in enumerate(tasks)]
@@ -229,7 +229,7 @@ class _Rig:
         kinds = [(self._rollout, run.sampled), *([(self._greedy, run.greedy)] if greedy else [])]
         for rollout, found in kinds:
             tasks = [rollout(task, f"{task.id}/0/0/0", f"{task.id}/0", 0, 0, 0) for task in self._held_out]
-            rewards = [trajectory.reward for trajectory, _ in asyncio.run(self._sampler.play(tasks))]
+            rewards = [trajectory.reward for trajectory, _ in self._loop.run(self._sampler.play(tasks))]
             found.append(sum(rewards) / len(rewards))
 
 
