@@ -198,6 +198,7 @@ class _Rig:
         tokenizer.apply_chat_template = _remembered(tokenizer.apply_chat_template)  # siblings ask for the same text
         toolbox = build_toolbox(config, tokenizer, sandbox_url=None)
         self._sampler = LocalSampler(Path(config.model.path), seed=config.run.seed)
+        self._loop = asyncio.Runner()  # one loop for all: tools hold semaphores of the loop that first used them
         parts: Any = (config, self._sampler, build_template(config, tokenizer, toolbox), toolbox, build_scorer(config))
         self._rollout = rollout_function(*parts)
         self._greedy = rollout_function(

@@ -295,9 +295,15 @@ class EngineActor:
         setup_logging(f"engine-{index}", "INFO")
         here = _node_address()
         host = "127.0.0.1" if here == surroundings["address"] else here
+        settings = SPECS[kind](**json.loads(spec))
+        if host != "127.0.0.1" and settings.api_key is None:
+            raise ConfigError(
+                f"engine {index} would listen on {host} without a key, for anyone on that network: set serve.api_key, or "
+                f"serve.engine_auth=true for embedded engines"
+            )
         self._address = _Address()
         self._fleet = EngineFleet(
-            [SPECS[kind](**json.loads(spec))],
+            [settings],
             manager=self._address,
             log_dir=log_dir,
             host=host,
