@@ -23,7 +23,8 @@ ALGORITHMS: Mapping[str, list[str]] = {
     "RLOO": [NO_PARAMETERS, "learn.advantage=rloo"],
     "REINFORCE++": [NO_PARAMETERS, "learn.advantage=reinforce_plus_plus", "learn.zero_spread=keep"],
     "CISPO": ["learn.loss=cispo"],
-    "ReMax": [NO_PARAMETERS, "learn.advantage=remax", "learn.zero_spread=keep"],
+    # Greedy answers are better than sampled ones, so ReMax's advantages are negative on average: at the others' rate it collapses.
+    "ReMax": [NO_PARAMETERS, "learn.advantage=remax", "learn.zero_spread=keep", "learn.lr=3.0e-4"],
     "PPO with critic": [
         NO_PARAMETERS, "+learn.advantage_params={gamma: 1.0, lam: 1.0}", "learn.advantage=gae", "learn.zero_spread=keep",
         "learn.critic={lr: 1.0e-3, warmup_steps: 2}",
