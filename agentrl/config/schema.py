@@ -605,6 +605,8 @@ class Config(Section):
             raise ValueError("serve.agent=proxy runs a program, and none is given: set agent.command, say [python, my_agent.py]")
         if (self.env is not None or self.reward.fn is not None) and self.agent.reward != "score":
             raise ValueError(f"agent.reward={self.agent.reward} and env or reward.fn would both decide the reward: keep one")
+        if self.agent.port and self.serve.workers > 1:
+            raise ValueError(f"each of serve.workers={self.serve.workers} opens its own endpoint for agents: leave agent.port=0")
         return self
 
     @property
