@@ -19,7 +19,7 @@ import torch
 
 from agentrl.assembly.learn import build_learner
 from agentrl.assembly.parts import build_scorer, build_template, build_toolbox, load_tokenizer
-from agentrl.assembly.serve import rollout_function
+from agentrl.assembly.rollouts import rollout_function
 from agentrl.config import Config, load_config
 from agentrl.learner.batching import BatchBuilder
 from agentrl.learner.distributed import Team

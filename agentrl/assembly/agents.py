@@ -55,7 +55,8 @@ def run_agents(config: Config, *, split: str, n: int | None, samples: int, name:
 async def _run_agents(
     config: Config, directory: RunDir, *, split: str, n: int | None, samples: int, name: str
 ) -> tuple[Path, dict[str, Any]]:
-    from agentrl.assembly.serve import engines, rollout_function  # serve imports this module
+    from agentrl.assembly.engines import engines
+    from agentrl.assembly.rollouts import rollout_function  # which imports this module
 
     tasks = load_tasks(config.data.val if split == "val" else config.data.train, what=f"data.{split}")[:n]
     tokenizer = load_tokenizer(config)

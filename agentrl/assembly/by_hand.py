@@ -13,6 +13,7 @@ from typing import Any
 import uvloop
 
 from agentrl.assembly.agents import agent_host
+from agentrl.assembly.engines import engines
 from agentrl.assembly.parts import (
     build_scorer,
     build_template,
@@ -22,8 +23,8 @@ from agentrl.assembly.parts import (
     needs_sandbox,
     share_sandbox_token,
 )
+from agentrl.assembly.rollouts import rollout_function
 from agentrl.assembly.sandbox import sandbox_process
-from agentrl.assembly.serve import engines, rollout_function
 from agentrl.config import Config
 from agentrl.errors import ConfigError, RolloutError
 from agentrl.rollout.agent_loop import Rollout

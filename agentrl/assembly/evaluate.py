@@ -12,6 +12,7 @@ import uvloop
 
 from agentrl.assembly.agents import agent_host
 from agentrl.assembly.audit import newest_checkpoint
+from agentrl.assembly.engines import engines
 from agentrl.assembly.parts import (
     build_scorer,
     build_template,
@@ -22,8 +23,8 @@ from agentrl.assembly.parts import (
     run_dir_of,
     share_sandbox_token,
 )
+from agentrl.assembly.rollouts import rollout_function
 from agentrl.assembly.sandbox import sandbox_process
-from agentrl.assembly.serve import engines, rollout_function
 from agentrl.config import Config
 from agentrl.errors import ConfigError, RolloutError
 from agentrl.serving.waiting_room import Priority

@@ -13,15 +13,17 @@ import aiohttp
 import msgspec
 import uvloop
 
+from agentrl.assembly.adopted_progress import AdoptedProgress
+from agentrl.assembly.engines import new_manager
 from agentrl.assembly.fleet import FleetFollower, Keyring
-from agentrl.assembly.parts import run_secret, vocab_size_of
-from agentrl.assembly.serve import DRAIN_LIMIT_S, AdoptedProgress, report_status, rollout_status, stage_of, stop_on_signals
+from agentrl.assembly.parts import run_secret
+from agentrl.assembly.rollouts import rollout_status, stage_of
+from agentrl.assembly.serve import DRAIN_LIMIT_S, report_status, stop_on_signals
 from agentrl.assembly.serve_workers import WorkerOrder
 from agentrl.assembly.watchdog import ServeProgress
 from agentrl.config import Config, parse_config
 from agentrl.process import settle_garbage_collector
 from agentrl.rollout.admission import group_budget
-from agentrl.serving.server_manager import AsyncLLMServerManager
 from agentrl.stream.fleet_board import FleetBoard
 from agentrl.stream.leases import TaskLeases
 from agentrl.supervise import running
@@ -58,7 +60,7 @@ async def play(order: WorkerOrder, *, stop: asyncio.Event | None = None, is_orph
         )
         session = await stack.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)))
         manager = await stack.enter_async_context(
-            AsyncLLMServerManager(session=session, vocab_size=vocab_size_of(config.model.path), seed=_seed(config, order))
+            new_manager(config, session, model_path=config.model.path, seed=_seed(config, order), sharers=config.serve.workers)
         )
         follower = FleetFollower(order.name, FleetBoard(stage.client, stage.keys), manager, keys=_keyring(config, directory))
         budget = group_budget(

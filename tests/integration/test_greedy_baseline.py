@@ -9,7 +9,7 @@ from rollout_kit import MemoryStream, Say, ScriptedGenerator
 
 from agentrl.assembly.learn import check_learning, loss_settings
 from agentrl.assembly.parts import build_scorer, build_template, build_toolbox, fingerprint
-from agentrl.assembly.serve import greedy_rollout_function, rollout_function
+from agentrl.assembly.rollouts import greedy_rollout_function, rollout_function
 from agentrl.config import Config, load_config
 from agentrl.learner.batching import BatchBuilder
 from agentrl.learner.credit import TokenStatistics, assign_credit
