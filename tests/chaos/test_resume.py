@@ -17,8 +17,8 @@ from agentrl.telemetry.run_dir import RunDir, read_jsonl
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
 
 STEPS = 8
-VOLATILE = ("time", "timing", "perf", "tokens_per", "staleness", "memory", "mfu", "version_")
-"""Metrics that tell of the clock or of which weights sampled a token, not of what was learned."""
+VOLATILE = ("time", "timing", "perf", "tokens_per", "staleness", "memory", "mfu", "version_", "tools/")
+"""Metrics that tell of the clock, of serve's work or of which weights sampled a token, not of what was learned."""
 
 
 def config_of(project: Path, name: str) -> Path:
