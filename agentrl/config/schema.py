@@ -170,6 +170,9 @@ class ServeConfig(Section):
     """A group with fewer finished rollouts is closed as failed."""
     attempts: PositiveInt = 2
     """Tries per rollout when the failure is not the model's."""
+    failure_budget_s: PositiveFloat | None = 1800.0
+    """While nearly every rollout fails, one group per 10 s probes. After so long without a rollout that finished, serve (and run) ends with
+    what failed; time spent waiting for the learner does not count. null probes for ever."""
     concurrency: PositiveInt | Literal["auto"] | None = None
     """Requests in flight per engine; the rest wait in serve, evaluation and begun rollouts first. ``auto`` follows each engine's own
     queue and cache; null leaves queueing to the engines."""
