@@ -98,6 +98,8 @@ class ServeConfig(Section):
     """Engine processes to start."""
     urls: list[str] = []
     """Attach to these running servers instead of starting any."""
+    router_url: str | None = None
+    """Attach to the servers that this SGLang router lists, and follow them as they come and go. Generations go to them directly."""
     api_key: str | None = Field(default=None, repr=False)
     """Bearer key of attached servers (data endpoints), or for those that are started; embedded engines get a random one."""
     admin_key: str | None = Field(default=None, repr=False)
@@ -196,6 +198,8 @@ class ServeConfig(Section):
                 f"deadlines must nest: turn {self.turn_timeout_s:g} s <= rollout {self.rollout_timeout_s:g} s <= group "
                 f"{self.group_timeout_s:g} s. Raise the outer ones"
             )
+        if self.urls and self.router_url is not None:
+            raise ValueError("serve.urls and serve.router_url are two lists of servers. Give one of them")
         if self.min_group > self.n:
             raise ValueError(f"serve.min_group={self.min_group} exceeds the group size serve.n={self.n}. Lower min_group")
         return self
