@@ -601,7 +601,7 @@ async def test_checkpoint_with_nan_is_refused_and_the_old_weights_serve_on(
 async def test_digest_of_the_weights_is_reported_and_a_wrong_one_refused(
     api: Api, server: Server, models: Models, reference: Reference
 ) -> None:
-    from agentrl.serving.digest import weights_digest
+    from agentrl.weights.digest import weights_digest
 
     _, info = await api.get("/model_info")
     status, _ = await update(api, models, "v1", expected_digest=weights_digest(models.a))

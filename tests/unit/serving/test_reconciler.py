@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from agentrl.errors import StreamError
-from agentrl.serving.digest import weights_digest
 from agentrl.serving.server_manager import NO_POLICY, AsyncLLMServerManager
 from agentrl.serving.weight_reconciler import PolicyProblem, UpdateMode, WeightReconciler, WeightUpdate
 from agentrl.testing.fake_sglang import FakeSGLang, pseudo_tokens
 from agentrl.types import Generation, PolicyRecord, SamplingParams
+from agentrl.weights.digest import weights_digest
 
 PROMPT = [4, 5, 6]
 
