@@ -33,6 +33,7 @@ class FailureBudget:
         self._limit_s, self._events, self._clock = limit_s, events, clock
         self._finished: object = None
         self._failed_before: dict[str, int] = {}
+        self._failed_last: dict[str, int] = {}
         self._looked_at = clock()
         self.spent_s = 0.0
 
@@ -54,8 +55,11 @@ class FailureBudget:
         """
         now, failed = self._clock(), dict(status.get("failed") or {})
         passed, self._looked_at = now - self._looked_at, now
+        failed_last, self._failed_last = self._failed_last, failed
         if not status.get("failing") or status.get("finished") != self._finished:
-            self._finished, self._failed_before, self.spent_s = status.get("finished"), failed, 0.0
+            # A wave that began since the last look counts with what failed since then.
+            self._failed_before = failed_last if status.get("failing") else failed
+            self._finished, self.spent_s = status.get("finished"), 0.0
             return
         if "trainer" not in (status.get("waits") or {}):
             self.spent_s += passed

@@ -64,6 +64,14 @@ def test_a_rollout_that_finishes_ends_the_wave(clock: Clock) -> None:
     assert budget.spent_s == 0
 
 
+def test_failures_of_a_wave_that_began_between_two_looks_are_counted(clock: Clock) -> None:
+    budget = budget_of(clock)
+    budget.look(status("reward", finished=9, generation=3, reward=32))
+    clock.now = 101.0
+    with pytest.raises(FailureBudgetSpent, match="lost by kind: reward 32, the last failure: reward"):
+        budget.look(status("reward", finished=9, generation=3, reward=32))
+
+
 def test_time_in_which_the_learner_makes_no_room_does_not_count(clock: Clock) -> None:
     budget = budget_of(clock)
     for clock.now in (10.0, 1000.0, 5000.0):
