@@ -23,6 +23,7 @@ from agentrl.serving.engine_process import (
     kill_stale,
 )
 from agentrl.serving.load_policy import ConcurrencyPolicy
+from agentrl.serving.router_servers import RouterServers
 from agentrl.serving.server_manager import AsyncLLMServerManager
 from agentrl.supervise import running
 from agentrl.telemetry.run_dir import RunDir
@@ -63,14 +64,14 @@ async def engines(
         aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session,
         new_manager(config, session, model_path=model_path, seed=config.run.seed) as manager,
     ):
-        fleet = _fleet(config, directory, manager, model_path, ray)
+        fleet = _fleet(config, directory, manager, session, model_path, ray)
         async with running(health=manager.run(), fleet=fleet.run()):
             yield manager
 
 
 def _fleet(
-    config: Config, directory: RunDir, manager: AsyncLLMServerManager, model_path: str, ray: Any
-) -> EngineFleet | AttachedServers | RayEngines:
+    config: Config, directory: RunDir, manager: AsyncLLMServerManager, session: aiohttp.ClientSession, model_path: str, ray: Any
+) -> EngineFleet | AttachedServers | RouterServers | RayEngines:
     def record(processes: Sequence[ProcessEntry]) -> None:
         entries = [{"role": Path(p["log"]).stem, "pid": p["pid"], "url": p["url"]} for p in processes if p["pid"] is not None]
         directory.update_processes(drop_prefix=ENGINE_ROLE, add=entries)
@@ -78,6 +79,8 @@ def _fleet(
     serve = config.serve
     if serve.urls:
         return AttachedServers(serve.urls, manager=manager, api_key=serve.api_key, admin_key=serve.admin_key)
+    if serve.router_url is not None:
+        return RouterServers(serve.router_url, manager=manager, session=session, api_key=serve.api_key, admin_key=serve.admin_key)
     spec = _engine_spec(config, directory, model_path)
     if ray is not None:
         return RayEngines(ray, config, [spec] * serve.replicas, manager=manager, directory=directory, on_change=record)

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from agentrl.assembly.failure_budget import EXIT_GAVE_UP
 from agentrl.assembly.parts import (
     SUPERVISED_VARIABLE,
     needs_sandbox,
@@ -225,7 +226,7 @@ def _supervise(
 def _restart(child: Child, code: int, directory: RunDir, *, max_restarts: int) -> None:
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     directory.event("child_exited", role=child.role, code=code)
-    if code == EXIT_CONFIG or child.restarts_in_window() >= max_restarts or _dies_young(child, code):
+    if code in (EXIT_CONFIG, EXIT_GAVE_UP) or child.restarts_in_window() >= max_restarts or _dies_young(child, code):
         raise RunFailed(
             f"{child.role} ended with {how} and starting it again would not help "
             f"({child.restarts_in_window()} restarts so far). The end of {child.log_path}:\n{child.log_tail()}"

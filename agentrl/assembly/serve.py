@@ -17,6 +17,7 @@ import uvloop
 
 from agentrl.assembly.adopted_progress import AdoptedProgress, counted_on
 from agentrl.assembly.engines import engines
+from agentrl.assembly.failure_budget import FailureBudget
 from agentrl.assembly.fleet import FleetOwner
 from agentrl.assembly.parts import (
     needs_sandbox,
@@ -78,7 +79,8 @@ async def serve(config: Config, directory: RunDir) -> None:
             directory.event("serve_ready")
             watchdog = _watch(Watchdog(directory, config))
             status = report_status(directory, "serve", players.status)
-            async with running(rollouts=players.run(), status=status, watchdog=watchdog):
+            budget = FailureBudget(config.serve.failure_budget_s, events=directory.events).watch(players.status)
+            async with running(rollouts=players.run(), status=status, watchdog=watchdog, failure_budget=budget):
                 await stop.wait()
                 log.info("draining: open groups finish, no new ones start")
                 await players.drain(limit_s=DRAIN_LIMIT_S)

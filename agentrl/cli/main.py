@@ -183,7 +183,7 @@ def rollout(
 
     values = load_config(config, ["serve.replicas=1", *(overrides or [])]).model_dump(mode="json")
     values["model"]["path"], values["tools"] = model or values["model"]["path"], tools or values["tools"]
-    values["serve"]["urls"] = [server] if server else values["serve"]["urls"]
+    values["serve"] |= {"urls": [server], "router_url": None} if server else {}
     loaded = parse_config(values, place=config or "defaults")
     _log_to_stderr("rollout", loaded)
     task = task_by_hand(loaded, prompt=prompt, system=system, row=row, split=split)

@@ -98,6 +98,8 @@ class ServeConfig(Section):
     """Engine processes to start."""
     urls: list[str] = []
     """Attach to these running servers instead of starting any."""
+    router_url: str | None = None
+    """Attach to the servers that this SGLang router lists, and follow them as they come and go. Generations go to them directly."""
     api_key: str | None = Field(default=None, repr=False)
     """Bearer key of attached servers (data endpoints), or for those that are started; embedded engines get a random one."""
     admin_key: str | None = Field(default=None, repr=False)
@@ -170,6 +172,9 @@ class ServeConfig(Section):
     """A group with fewer finished rollouts is closed as failed."""
     attempts: PositiveInt = 2
     """Tries per rollout when the failure is not the model's."""
+    failure_budget_s: PositiveFloat | None = 1800.0
+    """While nearly every rollout fails, one group per 10 s probes. After so long without a rollout that finished, serve (and run) ends with
+    what failed; time spent waiting for the learner does not count. null probes for ever."""
     concurrency: PositiveInt | Literal["auto"] | None = None
     """Requests in flight per engine; the rest wait in serve, evaluation and begun rollouts first. ``auto`` follows each engine's own
     queue and cache; null leaves queueing to the engines."""
@@ -193,6 +198,8 @@ class ServeConfig(Section):
                 f"deadlines must nest: turn {self.turn_timeout_s:g} s <= rollout {self.rollout_timeout_s:g} s <= group "
                 f"{self.group_timeout_s:g} s. Raise the outer ones"
             )
+        if self.urls and self.router_url is not None:
+            raise ValueError("serve.urls and serve.router_url are two lists of servers. Give one of them")
         if self.min_group > self.n:
             raise ValueError(f"serve.min_group={self.min_group} exceeds the group size serve.n={self.n}. Lower min_group")
         return self

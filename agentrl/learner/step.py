@@ -28,6 +28,7 @@ from agentrl.learner.model import PolicyModel, empty_pass, frozen_passes, run_ro
 from agentrl.learner.packing import PackedRow, pack_row, plan_rows
 from agentrl.learner.settings import TOKEN_STATISTICS, LossSettings
 from agentrl.learner.step_arrays import PaddedView, StepArrays
+from agentrl.learner.turn_mismatch import turn_mismatch, turns_of_slots
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -80,6 +81,7 @@ class Step:
         self._trajectory_of_slot = np.repeat(arrays.trajectory, lengths)[sampled]
         self._slot_of_token = np.full(len(arrays.ids), -1, dtype=np.int64)
         self._slot_of_token[sampled] = np.arange(len(sampled))
+        self._turns = self._on_device(turns_of_slots(arrays.sampled, arrays.offsets))
         is_trained = arrays.is_trained[self._trajectory_of_slot]
         self.trained_slots = self._on_device(np.flatnonzero(is_trained))
         self._trained_view = PaddedView.of(self._trajectory_of_slot[is_trained], self.device)
@@ -296,6 +298,7 @@ class Step:
             "training/rollout_probs_diff_mean": float(gap.mean()),
             "training/rollout_probs_diff_max": float(gap.max()),
             "training/rollout_probs_diff_std": float(gap.std(correction=0)),
+            **turn_mismatch(seen[slots], rollout[slots], self._turns[slots]),
             "actor/entropy": float(self._seen_entropy[slots].mean()),
         }
 

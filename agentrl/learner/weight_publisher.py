@@ -8,7 +8,6 @@ written all the same, to the scratch folder: their digest is what readers must a
 is made against them. What is saved is bytes that serve and its engines' machines read.
 """
 
-import hashlib
 import logging
 import shutil
 from dataclasses import replace
@@ -18,22 +17,12 @@ from agentrl.learner.durable import move_into_place, sync_tree
 from agentrl.learner.learner import Learner
 from agentrl.types import PolicyRecord
 from agentrl.weights.delta import read_delta, write_delta
+from agentrl.weights.digest import weights_digest
 
 logger = logging.getLogger(__name__)
 
-READ_BYTES = 1 << 20
 MAX_DELTA_SHARE = 0.5
 """Of the full snapshot's bytes: a larger delta saves too little for the work of putting it together."""
-
-
-def weights_digest(directory: Path) -> str:
-    """``sha256:<hex>`` over the bytes of the ``*.safetensors`` files, in name order."""
-    digest = hashlib.sha256()
-    for file in sorted(directory.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            while data := stream.read(READ_BYTES):
-                digest.update(data)
-    return f"sha256:{digest.hexdigest()}"
 
 
 class WeightPublisher:

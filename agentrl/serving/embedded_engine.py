@@ -18,16 +18,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import uvicorn
 from fastapi import FastAPI
 
 from agentrl.errors import AgentRLError, ConfigError
-from agentrl.serving.digest import weights_digest
 from agentrl.serving.embedded.checkpoint import CheckpointReader
 from agentrl.serving.embedded.continuous_batching import ContinuousBatch
 from agentrl.serving.embedded.engine import Engine
 from agentrl.serving.embedded.http import RATE_LIMIT, create_app
+from agentrl.weights.digest import weights_digest
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +152,7 @@ def _exit_with(pid: int, server: uvicorn.Server) -> None:
     except ProcessLookupError:
         pass
     except (AttributeError, OSError):
-        while os.getppid() == pid or _exists(pid):
+        while os.getppid() == pid or psutil.pid_exists(pid):
             time.sleep(0.5)
     else:
         select.select([handle], [], [])
@@ -159,16 +160,6 @@ def _exit_with(pid: int, server: uvicorn.Server) -> None:
     server.should_exit = True
     time.sleep(SHUTDOWN_GRACE_S + 3)
     os._exit(0)
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def serve(args: argparse.Namespace) -> int:

@@ -396,6 +396,11 @@ class SGLangClient:
         self, method: Literal["GET", "POST"], path: str, body: Mapping[str, Any] | None = None, *, timeout_s: float
     ) -> dict[str, Any]:
         status, text = await self._call(method, path, body, timeout_s=timeout_s)
+        if status == 404:
+            raise WeightSyncError(
+                f"{self.url}{path} answered 404: it is not an SGLang server, or it is an SGLang router, which forwards no control "
+                "calls. The servers behind a router are used with serve.router_url"
+            )
         if status != 200:
             raise WeightSyncError(f"{self.url}{path} answered {status}: {text[:_ERROR_TEXT_LIMIT]}")
         return _json_object(self.url, text) if text.strip().startswith("{") else {}

@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from agentrl.errors import WeightSyncError
-from agentrl.serving.digest import weights_digest
 from agentrl.types import PolicyRecord
 from agentrl.weights.delta import apply_delta, read_delta
+from agentrl.weights.digest import weights_digest
 
 MAX_CHAIN = 1000
 

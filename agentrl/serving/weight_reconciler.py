@@ -35,10 +35,10 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from agentrl.errors import StreamError, WeightSyncError
-from agentrl.serving.digest import weights_digest
 from agentrl.serving.server_manager import NO_POLICY, AsyncLLMServerManager
 from agentrl.serving.sglang_client import ModelInfo, PauseMode, SGLangClient
 from agentrl.types import PolicyRecord
+from agentrl.weights.digest import weights_digest
 
 log = logging.getLogger(__name__)
 

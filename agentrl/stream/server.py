@@ -23,6 +23,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any, Final
 
+import psutil
 from redis.exceptions import RedisError
 
 from agentrl.errors import ConfigError, StreamError
@@ -250,7 +251,7 @@ class EmbeddedServer:
         began = time.monotonic()
         while not self._answers():
             pid, waited_s = self._read_pid(), time.monotonic() - began
-            dead = waited_s > _PID_FILE_TIMEOUT_S if pid is None else not _alive(pid)
+            dead = waited_s > _PID_FILE_TIMEOUT_S if pid is None else not psutil.pid_exists(pid)
             if dead or waited_s > self._start_timeout_s:
                 raise StreamError(
                     f"the embedded server on {self._dir} died while starting or was not ready within "
@@ -320,16 +321,6 @@ class EmbeddedServer:
                 f"{directory} is not a directory that only this user may enter: remove it, or use a shorter data directory "
                 f"than {self._dir}"
             )
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _binary_version(path: str) -> str | None:

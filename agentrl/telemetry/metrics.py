@@ -107,6 +107,8 @@ CHAPTERS: Sequence[Chapter] = (
     Chapter("Rollout policy against trained policy", (
         Metric(f"training/off_policy/trajectory_staleness/{SPREAD}", "Policy versions between a trajectory's oldest token and the learner.", "max at `learn.max_staleness`: data are being dropped"),
         Metric("training/rollout_probs_diff_{mean,max,std}", "|probability by the learner - by the sampler| per token.", "mean above 0.01 on fresh data: the engine computes something else"),
+        Metric("rollout_corr/turn_logprob_diff_{mean,max}", "Mean |logprob by the learner - by the sampler| of each model turn (a run of sampled tokens); the mean and the largest over turns.", "max far above mean on fresh data: single turns were trained on another context, or by other weights, than they were sampled with"),
+        Metric("rollout_corr/turn_logprob_diff_fraction_high", "Share of turns where that mean exceeds 0.1 nats per token.", "above 0.01 on fresh data"),
         Metric("rollout_corr/{kl,k3_kl}", "KL(rollout || trained) per token, by k1 and k3.", "above 0.1; negative kl with a large k3_kl"),
         Metric("rollout_corr/{training_ppl,training_log_ppl,rollout_ppl,rollout_log_ppl}", "Perplexity of the sampled tokens under both policies, per trajectory."),
         Metric("rollout_corr/{log_ppl_diff,log_ppl_abs_diff,log_ppl_diff_max,log_ppl_diff_min,ppl_ratio}", "Their difference (training - rollout) and ratio.", "ppl_ratio far from 1"),

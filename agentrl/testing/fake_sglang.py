@@ -1,7 +1,8 @@
 """A real HTTP server that speaks the part of SGLang's API that agentrl uses, with scripted misfortunes.
 
 The sampled tokens are a pure function of the whole context (``next_token``), so a generation that is broken off and
-continued on another server must come out equal to ``pseudo_tokens``. Logprobs are a function of the token.
+continued on another server must come out equal to ``pseudo_tokens``. Logprobs are a function of the token. With a
+``FakeModel`` tokens are really sampled instead, by temperature and cuts, and logprobs are that model's under the server's label.
 Without ``token_latency_s`` a generation is one chunk and no sleep: that is the mode for benches. ``first_token_s`` and
 ``length`` draw from distributions (`lognormal`), seeded and by request, so that two runs see the same misfortunes.
 
@@ -21,6 +22,7 @@ import hmac
 import math
 import os
 import random
+import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +30,8 @@ from typing import Any, TypeAlias
 
 import orjson
 from aiohttp import web
+
+from agentrl.testing.fake_model import FakeModel, Sampling, sampling_fault
 
 Distribution: TypeAlias = Callable[[random.Random], float]
 """Draws one value."""
@@ -72,8 +76,11 @@ class _Live:
     stop_token_ids: frozenset[int]
     incremental: bool
     cached_tokens: int
+    sampling: Sampling
+    rng: random.Random
     labels: list[str] = field(default_factory=list[str])
     ids: list[int] = field(default_factory=list[int])
+    logprobs: list[float] = field(default_factory=list[float])
     num_sent: int = 0
     num_retractions: int = 0
     is_aborted: bool = False
@@ -110,6 +117,8 @@ class FakeSGLang:
         port: 0 takes a free one at the first start.
         check_path: refuse updates from a directory that does not exist, as SGLang does.
         sampler: the token after a context; must be a pure function of it.
+        model: sample from this instead of ``sampler``; its vocabulary is the server's then.
+        context_length: tokens of a prompt and its generation, at most; None for no bound.
         first_token_s: seconds before a request's first token.
         length: tokens after which a request ends by itself, with its first stop token; None leaves the end to the sampler.
         max_running: requests that sample at once; the others wait, as in SGLang's queue.
@@ -130,6 +139,8 @@ class FakeSGLang:
         check_path: bool = True,
         port: int = 0,
         sampler: Callable[[Sequence[int]], int] = next_token,
+        model: FakeModel | None = None,
+        context_length: int | None = None,
         first_token_s: Distribution | None = None,
         length: Distribution | None = None,
         max_running: int | None = None,
@@ -147,7 +158,11 @@ class FakeSGLang:
         """Loaded LoRA adapters: name -> path."""
         self.num_foreign = 0
         """Requests of somebody else that the load report counts."""
-        self._sampler = sampler
+        self._sampler, self._model = sampler, model
+        self._vocab_size = VOCAB_SIZE if model is None else model.vocab_size
+        self._context_length = context_length
+        self._load_mark = (0.0, 0)
+        """When the load was last asked for, and the tokens sampled by then."""
         self.base_label = label
         self.label = label
         self.token_latency_s = token_latency_s
@@ -317,27 +332,30 @@ class FakeSGLang:
         if self._failures:
             failure = self._failures.popleft()
             return web.Response(status=failure.status, text=failure.body, content_type="application/json")
-        rid = str(body["rid"])
+        rid = str(body.get("rid") or uuid.uuid4().hex)
         if rid in self._live:
             return _bad_request(f"Duplicate request ID detected: {rid}")
+        fault = self._fault(body)
+        if fault is not None:
+            return _bad_request(fault)
         adapter = body.get("lora_path")
         if adapter is not None and adapter not in self.adapters:
             return _bad_request(f"The following requested LoRA adapters are not loaded: {{'{adapter}'}}")
-        sampling: dict[str, Any] = body["sampling_params"]
+        sampling: dict[str, Any] = body.get("sampling_params") or {}
         ids: list[int] = body["input_ids"]
-        if not ids or min(ids) < 0 or max(ids) >= VOCAB_SIZE:
-            return _bad_request(f"ids outside a vocabulary of {VOCAB_SIZE}: a real SGLang would be dead now")
+        rng = random.Random(f"{self._seed} {len(self.requests)}")
         live = _Live(
             rid=rid,
             context=list(ids),
             prompt_tokens=len(ids),
             max_new_tokens=int(sampling.get("max_new_tokens", 128)),
-            stop_token_ids=frozenset(sampling.get("stop_token_ids") or ()),
+            stop_token_ids=frozenset(() if sampling.get("ignore_eos") else sampling.get("stop_token_ids") or ()),
             incremental=self.incremental,
             cached_tokens=self._cached(str(body.get("extra_key")), ids),
+            sampling=Sampling.of(sampling),
+            rng=rng,
             stall_at=self._stalls.popleft() if self._stalls else None,
         )
-        rng = random.Random(f"{self._seed} {len(self.requests)}")
         if self._length is not None:
             live.ends_at = max(1, round(self._length(rng)))
         self._live[rid] = live
@@ -349,13 +367,29 @@ class FakeSGLang:
             live.is_running = True
             if self._first_token_s is not None:
                 await asyncio.sleep(self._first_token_s(rng))
-            return await (self._stream(request, live, crash_at) if body.get("stream") else self._answer(live))
+            return await (self._stream(request, live, crash_at) if body.get("stream") else self._answer(live, body))
         except asyncio.CancelledError:
             self.num_disconnects += 1
             raise
         finally:
             self._live.pop(rid, None)
             self._departed.set()
+
+    def _fault(self, body: dict[str, Any]) -> str | None:
+        """Why SGLang would refuse the request, or die of it."""
+        ids, sampling = body.get("input_ids"), body.get("sampling_params") or {}
+        if not isinstance(ids, list) or not ids:
+            return "input_ids must be a list of at least one token id"
+        try:
+            if min(ids) < 0 or max(ids) >= self._vocab_size:
+                return f"ids outside a vocabulary of {self._vocab_size}: a real SGLang would be dead now"
+            fault = sampling_fault(sampling)
+        except TypeError as error:
+            return f"the request holds a value of the wrong type: {error}"
+        wanted = len(ids) + int(sampling.get("max_new_tokens", 128))
+        if fault is None and self._context_length is not None and wanted > self._context_length:
+            return f"Requested token count {wanted} exceeds the model's maximum context length of {self._context_length} tokens."
+        return fault
 
     def _is_queued(self, live: _Live) -> bool:
         return self.max_running is not None and live not in list(self._live.values())[: self.max_running]
@@ -377,10 +411,20 @@ class FakeSGLang:
         self._cached_tokens += hits
         return hits
 
-    async def _answer(self, live: _Live) -> web.Response:
+    async def _answer(self, live: _Live, body: dict[str, Any]) -> web.Response:
         while live.finish is None:
             await self._sample(live)
-        return web.Response(body=orjson.dumps(self._chunk(live)), content_type="application/json")
+        chunk = self._chunk(live)
+        start = int(body.get("logprob_start_len", -1))
+        if self._model is not None and body.get("return_logprob") and start >= 0:
+            chunk["meta_info"]["input_token_logprobs"] = self._prompt_logprobs(self._model, live, start)
+        return web.Response(body=orjson.dumps(chunk), content_type="application/json")
+
+    def _prompt_logprobs(self, model: FakeModel, live: _Live, start: int) -> list[list[Any]]:
+        """Of the prompt's tokens from ``start`` on; the first has none."""
+        prompt = live.context[: live.prompt_tokens]
+        values = [None, *model.logprobs(self.label, prompt[: start + 1], prompt[start + 1 :])]
+        return [[value, token, None] for value, token in zip(values, prompt[start:], strict=True)]
 
     async def _stream(self, request: web.Request, live: _Live, crash_at: int | None) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
@@ -395,7 +439,7 @@ class FakeSGLang:
         while live.finish is None:
             await self._sample(live)
             if crash_at is not None and len(live.ids) >= crash_at:
-                del live.ids[crash_at:], live.labels[crash_at:]
+                del live.ids[crash_at:], live.logprobs[crash_at:], live.labels[crash_at:]
                 await response.write(b"data: " + orjson.dumps(self._chunk(live)) + b"\n\n")
                 await asyncio.sleep(0.01)  # lets the written tokens leave before the reset
                 assert request.transport is not None
@@ -404,7 +448,7 @@ class FakeSGLang:
             is_silent = live.stall_at is not None and len(live.ids) >= live.stall_at
             if live.finish is None or is_silent:
                 if is_silent:
-                    del live.ids[live.stall_at :], live.labels[live.stall_at :]
+                    del live.ids[live.stall_at :], live.logprobs[live.stall_at :], live.labels[live.stall_at :]
                 await response.write(b"data: " + orjson.dumps(self._chunk(live)) + b"\n\n")
             if is_silent:
                 await asyncio.Event().wait()
@@ -421,9 +465,10 @@ class FakeSGLang:
             await self._resumed.wait()
         while live.finish is None:
             is_last = live.ends_at is not None and len(live.ids) + 1 >= live.ends_at
-            token = min(live.stop_token_ids) if is_last and live.stop_token_ids else self._sampler(live.context)
+            token, logprob = self._draw(live, is_last=is_last)
             live.context.append(token)
             live.ids.append(token)
+            live.logprobs.append(logprob)
             live.labels.append(self.label)
             self.num_tokens += 1
             if self.exit_after_tokens is not None and self.num_tokens >= self.exit_after_tokens:
@@ -431,6 +476,13 @@ class FakeSGLang:
             if self.token_latency_s:
                 await asyncio.sleep(self.token_latency_s)
                 return
+
+    def _draw(self, live: _Live, *, is_last: bool) -> tuple[int, float]:
+        ends = is_last and live.stop_token_ids
+        if self._model is not None and not ends:
+            return self._model.draw(self.label, live.context, live.sampling, live.rng)
+        token = min(live.stop_token_ids) if ends else self._sampler(live.context)
+        return token, pseudo_logprob(token)
 
     def _chunk(self, live: _Live) -> dict[str, Any]:
         start = live.num_sent if live.incremental else 0
@@ -444,7 +496,7 @@ class FakeSGLang:
             "completion_tokens": len(live.ids),
             "num_retractions": live.num_retractions,
             "weight_version": live.labels[-1] if live.labels else self.label,
-            "output_token_logprobs": [[pseudo_logprob(token), token, None] for token in ids],
+            "output_token_logprobs": [[logprob, token, None] for logprob, token in zip(live.logprobs[start:], ids, strict=True)],
             "output_token_logprobs_length": len(live.ids),
         }
         if live.finish is not None and self.reports_spans:
@@ -474,6 +526,8 @@ class FakeSGLang:
     async def _update(self, request: web.Request) -> web.Response:
         body: dict[str, Any] = await request.json()
         self.updates.append(body)
+        if not isinstance(body.get("model_path"), str):
+            return _bad_request("Object missing required field `model_path`")
         if self._failed_updates:
             failure = self._failed_updates.popleft()
             return web.Response(status=failure.status, text=failure.body, content_type="application/json")
@@ -521,9 +575,14 @@ class FakeSGLang:
         return web.json_response({"success": True, "new_version": self.label})
 
     async def _abort(self, request: web.Request) -> web.Response:
-        live = self._live.get((await request.json()).get("rid", ""))
-        if live is not None and not self.is_paused:  # a held request never hears of it
-            live.is_aborted = True
+        body: dict[str, Any] = await request.json()
+        if body.get("abort_all"):
+            meant = list(self._live.values())
+        else:
+            meant = [live for live in (self._live.get(str(body.get("rid", ""))),) if live is not None]
+        for live in meant:
+            live.is_aborted = live.is_aborted or not self.is_paused  # a held request never hears of it
+        self._departed.set()
         return web.Response()
 
     async def _flush(self, request: web.Request) -> web.Response:
@@ -559,10 +618,17 @@ class FakeSGLang:
             "max_total_num_tokens": self._max_total_tokens,
             "max_running_requests": self.max_running,
             "token_usage": min(1.0, used / self._max_total_tokens),
+            "gen_throughput": self._tokens_per_s(),
             "cache_hit_rate": self._cached_tokens / self._prompt_tokens if self._prompt_tokens else 0.0,
             "queues": {"paused": held},
         }
         return web.json_response({"version": "fake", "loads": [load]})
+
+    def _tokens_per_s(self) -> float:
+        """Since the last time somebody asked."""
+        (then, tokens), now = self._load_mark, asyncio.get_running_loop().time()
+        self._load_mark = (now, self.num_tokens)
+        return (self.num_tokens - tokens) / max(1e-3, now - then)
 
     async def _ready(self, request: web.Request) -> web.Response:
         return web.Response(status=503 if self.is_paused else 200)
@@ -593,6 +659,9 @@ async def _serve(args: argparse.Namespace) -> None:
         first_token_s=lognormal(args.first_token_s, args.first_token_sigma) if args.first_token_s else None,
         length=lognormal(args.length, args.length_sigma) if args.length else None,
         max_running=args.max_running_requests,
+        incremental=args.incremental_streaming_output,
+        model=FakeModel(args.sample_vocab_size) if args.sample_vocab_size else None,
+        context_length=args.context_length,
         seed=args.random_seed,
     )
     server.exit_after_tokens = args.exit_after_tokens
@@ -612,6 +681,9 @@ def main() -> None:
     parser.add_argument("--length-sigma", type=float, default=0.0, help="of its logarithm")
     parser.add_argument("--max-running-requests", type=int, default=None)
     parser.add_argument("--exit-after-tokens", type=int, default=None, help="die after so many sampled tokens")
+    parser.add_argument("--incremental-streaming-output", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--context-length", type=int, default=None, help="refuse longer requests")
+    parser.add_argument("--sample-vocab-size", type=int, default=0, help="sample from a FakeModel of so many tokens")
     parser.add_argument("--random-seed", type=int, default=0)
     args, _ = parser.parse_known_args()
     asyncio.run(_serve(args))

@@ -8,12 +8,12 @@ from pathlib import Path
 from agentrl.assembly.parts import run_dir_of, stream_url
 from agentrl.assembly.watchdog import LearnStatus, Watchdog
 from agentrl.config import load_config
-from agentrl.serving.digest import weights_digest
 from agentrl.stream.connection import connect
 from agentrl.stream.consumer import TrajectoryConsumer
 from agentrl.stream.keys import Keys
 from agentrl.telemetry.logs import setup_logging
 from agentrl.types import PolicyRecord
+from agentrl.weights.digest import weights_digest
 
 
 def main(config_path: str) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 from chaos_rig import ROOT, Process, agentrl, environment, until, write_config, write_project
 from chaos_script import Script
 
+from agentrl.assembly.failure_budget import EXIT_GAVE_UP
 from agentrl.assembly.stalls import Verdict, judge, take_snapshot
 from agentrl.stream.server import EmbeddedServer
 from agentrl.telemetry.run_dir import RunDir
@@ -93,7 +95,7 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     config = write_config(
         folder,
         run={"name": "run", "dir": str(folder / "runs"), "seed": 0, "stall_warn_s": LIMIT_S},
-        serve={"urls": [engine.server.url], "attempts": 1},
+        serve={"urls": [engine.server.url], "attempts": 1, "failure_budget_s": 4.0},
         queue={"max_bytes": 40_000},
         learn={"groups": 4, "max_staleness": 100, "pipeline_depth": 20},
     )
@@ -105,7 +107,7 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         running.moves()
         yield running
     finally:
-        serve.close()
+        running.serve.close()
         running.learn.close()
         engine.close()
         EmbeddedServer(running.directory.redis).stop()
@@ -304,3 +306,14 @@ def test_the_command_prints_one_unwrapped_line_and_exits_by_the_verdict(running:
     assert line.endswith(f"→ kill -CONT {running.learn.pid}")
     verdict = json.loads(as_json.stdout)[0]
     assert (verdict["state"], verdict["stage"], verdict["level"]) == ("stalled", "learn", "fail")
+
+
+def test_a_serve_whose_rollouts_all_fail_gives_up_with_what_failed_and_goes_on_once_it_is_repaired(running: Running) -> None:
+    running.mode("reward", "fail")
+    until(lambda: running.serve.process.poll() is not None, seconds=60, name="end of serve", show=running.serve.text)
+    assert running.serve.process.returncode == EXIT_GAVE_UP
+    (line,) = [x for x in running.serve.text().splitlines() if x.startswith("error: FailureBudgetSpent: ")]
+    assert "serve.failure_budget_s=4" in line
+    assert re.search(r"by kind: reward \d+, the last failure: reward", line)
+    running.mode("reward", "")
+    running.serve = agentrl("serve", "-c", str(running.config), folder=running.folder, name="serve-again")

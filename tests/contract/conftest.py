@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from contract_api import Api
-from contract_reference import Reference
-from contract_servers import DIFFERENCES, SERVERS, Models, Server, Unavailable
+from contract_reference import CheckpointReference, FunctionReference, Reference
+from contract_servers import DIFFERENCES, FAKE_VOCAB_SIZE, SERVERS, Models, Server, Unavailable
 
+from agentrl.testing.fake_model import FakeModel
 from agentrl.testing.tiny_model import make_tiny_model
 
 _outcomes: dict[str, dict[str, str]] = {}
@@ -30,8 +31,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 
 @pytest.fixture(scope="session")
-def reference(models: Models) -> Reference:
-    return Reference({"v0": models.a, "v1": models.b})
+def checkpoints(models: Models) -> Reference:
+    return CheckpointReference({"v0": models.a, "v1": models.b})
+
+
+@pytest.fixture(scope="session")
+def reference(server: Server, request: pytest.FixtureRequest) -> Reference:
+    if server.name == "fake":
+        return FunctionReference(FakeModel(FAKE_VOCAB_SIZE))
+    return request.getfixturevalue("checkpoints")
 
 
 @pytest.fixture(scope="session", params=list(SERVERS))

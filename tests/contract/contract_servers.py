@@ -17,6 +17,8 @@ from typing import Literal
 
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 150.0
+FAKE_VOCAB_SIZE = 1024
+"""As many tokens as the tiny models have."""
 
 
 class Unavailable(Exception):
@@ -81,20 +83,38 @@ def sglang(model: Path, folder: Path) -> Iterator[Server]:
     venv = os.environ.get("AGENTRL_SGLANG_VENV")
     if not venv:
         raise Unavailable("AGENTRL_SGLANG_VENV is not set; tests/rigs/sglang/install.sh makes the environment")
-    log = folder / "sglang.log"
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    log, port = folder / "sglang.log", _free_port()
     # With the overlap scheduler the first token of a new version span is still the old weights' (see DIFFERENCES).
     flags = ["--weight-version", "v0", "--skip-tokenizer-init", "--disable-overlap-schedule", "--log-level", "warning"]
     command = [str(ROOT / "tests/rigs/sglang/serve.sh"), str(Path(venv).resolve()), str(model), str(port), *flags]
-    url = f"http://127.0.0.1:{port}"
     with process(command, log=log, env={**os.environ, "OMP_NUM_THREADS": "1"}) as child:
-        give_up = time.monotonic() + START_TIMEOUT_S
-        while not _is_ready(url):
-            if child.poll() is not None or time.monotonic() > give_up:
-                raise AssertionError(f"SGLang did not start (exit code {child.poll()}):\n{log.read_text()[-3000:]}")
-            time.sleep(0.5)
-        yield Server("sglang", url)
+        yield Server("sglang", _url_once_ready(child, port, log, look_every_s=0.5))
+
+
+@contextmanager
+def fake(model: Path, folder: Path) -> Iterator[Server]:
+    """The scripted SGLang in a process of its own, sampling from a function in place of a model."""
+    log, port = folder / "fake.log", _free_port()
+    command = [sys.executable, "-m", "agentrl.testing.fake_sglang", "--port", str(port), "--weight-version", "v0"]
+    command += ["--sample-vocab-size", str(FAKE_VOCAB_SIZE), "--context-length", "4096", "--token-latency-s", "0.001"]
+    command += ["--no-incremental-streaming-output"]
+    with process(command, log=log, env={**os.environ, "OMP_NUM_THREADS": "1"}) as child:
+        yield Server("fake", _url_once_ready(child, port, log, look_every_s=0.05))
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+def _url_once_ready(child: subprocess.Popen[str], port: int, log: Path, *, look_every_s: float) -> str:
+    url = f"http://127.0.0.1:{port}"
+    give_up = time.monotonic() + START_TIMEOUT_S
+    while not _is_ready(url):
+        if child.poll() is not None or time.monotonic() > give_up:
+            raise AssertionError(f"the server did not start (exit code {child.poll()}):\n{log.read_text()[-3000:]}")
+        time.sleep(look_every_s)
+    return url
 
 
 def _is_ready(url: str) -> bool:
@@ -108,6 +128,7 @@ def _is_ready(url: str) -> bool:
 SERVERS: dict[str, Callable[[Path, Path], AbstractContextManager[Server]]] = {
     "embedded": embedded,
     "sglang": sglang,
+    "fake": fake,
 }
 """Name -> factory(model directory, folder for logs). A factory may raise `Unavailable`."""
 
@@ -157,5 +178,26 @@ DIFFERENCES: dict[tuple[str, str], Difference] = {
         "waits until running requests have finished (one span each), then may answer 400, not flushed, in a race with the last: "
         "repeat the call; the embedded engine re-prefills them instead",
         handling="asserted",
+    ),
+    ("test_adapter_directory_is_merged_into_the_starting_weights", "fake"): Difference(
+        "it reads no weight files: a label is its weights, so an adapter's label serves weights of its own", handling="asserted"
+    ),
+    ("test_checkpoint_of_another_shape_is_refused_and_the_old_weights_serve_on", "fake"): Difference(
+        "it reads no weight files and takes any directory; `refused_paths` scripts a refusal", handling="asserted"
+    ),
+    ("test_checkpoint_with_nan_is_refused_and_the_old_weights_serve_on", "fake"): Difference(
+        "it reads no weight files and takes any directory; `refused_paths` scripts a refusal", handling="asserted"
+    ),
+    ("test_digest_of_the_weights_is_reported_and_a_wrong_one_refused", "fake"): Difference(
+        "as SGLang: no digest in /model_info, expected_digest is ignored", handling="asserted"
+    ),
+    ("test_abort_reaches_a_request_that_a_pause_holds", "fake"): Difference(
+        "as SGLang: the abort is lost (but later ones work)", handling="asserted"
+    ),
+    ("test_update_that_must_flush_under_in_place_is_answered_400", "fake"): Difference(
+        "as SGLang: answers 400 although the weights have changed", handling="asserted"
+    ),
+    ("test_update_without_a_pause_keeps_every_token_true_to_its_version", "fake"): Difference(
+        "as SGLang: waits until running requests have finished", handling="asserted"
     ),
 }

@@ -155,7 +155,8 @@ def test_two_ranks_learn_what_one_learns_and_three_and_one_can_continue_their_ch
         assert done.returncode == 0, done.stderr[-3000:]
     expected, found = metrics_by_step(calm), metrics_by_step(two)
     for step in (1, 2, 3, 4, 5, 6):
-        for name in ("actor/pg_loss", "actor/grad_norm", "actor/entropy", "actor/ppo_kl", "rollout_corr/k3_kl"):
+        turn_gaps = ("rollout_corr/turn_logprob_diff_mean", "rollout_corr/turn_logprob_diff_max")
+        for name in ("actor/pg_loss", "actor/grad_norm", "actor/entropy", "actor/ppo_kl", "rollout_corr/k3_kl", *turn_gaps):
             assert found[step][name] == pytest.approx(expected[step][name], abs=1e-5), (step, name)
     weights_one = load_file(calm / "checkpoints" / "latest" / "model.safetensors")
     weights_two = load_file(two / "checkpoints" / "latest" / "model.safetensors")

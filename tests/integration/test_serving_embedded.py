@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from agentrl.serving.digest import weights_digest
 from agentrl.serving.engine_process import EmbeddedEngineSpec, EngineFleet
 from agentrl.serving.server_manager import AsyncLLMServerManager
 from agentrl.serving.weight_reconciler import WeightReconciler
 from agentrl.testing.tiny_model import make_tiny_model
 from agentrl.types import Generation, PolicyRecord, SamplingParams
+from agentrl.weights.digest import weights_digest
 
 
 @pytest.fixture(scope="module")

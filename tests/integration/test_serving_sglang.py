@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from agentrl.serving.digest import weights_digest
 from agentrl.serving.engine_process import EngineFleet, SGLangEngineSpec
 from agentrl.serving.server_manager import AsyncLLMServerManager
 from agentrl.serving.weight_reconciler import WeightReconciler
 from agentrl.testing.tiny_model import make_tiny_model
 from agentrl.types import Generation, PolicyRecord, SamplingParams
+from agentrl.weights.digest import weights_digest
 
 VENV = os.environ.get("AGENTRL_SGLANG_VENV", "")
 SHIM = Path(__file__).parents[1] / "rigs" / "sglang" / "shim"

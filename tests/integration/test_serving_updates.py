@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from agentrl.serving.digest import weights_digest
 from agentrl.serving.engine_process import EmbeddedEngineSpec, EngineFleet
 from agentrl.serving.server_manager import AsyncLLMServerManager
 from agentrl.serving.weight_reconciler import PolicyProblem, UpdateMode, WeightReconciler
 from agentrl.testing.tiny_model import make_tiny_model
 from agentrl.types import Generation, PolicyRecord, SamplingParams
+from agentrl.weights.digest import weights_digest
 
 TOLERANCE = 1e-4
 NUM_TOKENS = 250

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from agentrl.errors import WeightSyncError
-from agentrl.serving.digest import weights_digest
+from agentrl.weights.digest import weights_digest
 
 _ARCHITECTURE_KEYS = (
     "model_type",

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from agentrl.assembly.adopted_progress import AdoptedProgress, counted_on
-from agentrl.serving.digest import weights_digest
 from agentrl.serving.server_manager import AsyncLLMServerManager
 from agentrl.serving.weight_reconciler import WeightReconciler
 from agentrl.stream.policy import Progress
 from agentrl.testing.fake_sglang import FakeSGLang
 from agentrl.types import PolicyRecord
+from agentrl.weights.digest import weights_digest
 
 START = Progress(run_epoch=1, version=0, consumed_groups=0, closed_groups=0, committed_groups=0, items=0, bytes=0)
 

@@ -16,8 +16,9 @@ from agentrl.errors import CheckpointError
 from agentrl.learner.checkpoint import Checkpoints, Consumed, damage, read_jsonl
 from agentrl.learner.distributed import Team
 from agentrl.learner.learner import Learner
-from agentrl.learner.weight_publisher import WeightPublisher, weights_digest
+from agentrl.learner.weight_publisher import WeightPublisher
 from agentrl.serving.snapshot_store import SnapshotStore
+from agentrl.weights.digest import weights_digest
 
 
 @pytest.fixture

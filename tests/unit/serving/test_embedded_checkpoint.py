@@ -1,6 +1,5 @@
 """A checkpoint that does not fit is refused before a weight is touched."""
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from agentrl.errors import WeightSyncError
-from agentrl.serving.digest import weights_digest
 from agentrl.serving.embedded.checkpoint import CheckpointReader, copy_into
 from agentrl.serving.embedded_engine import eos_token_ids, load_model
 from agentrl.testing.tiny_model import make_tiny_model
+from agentrl.weights.digest import weights_digest
 
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -167,15 +166,6 @@ def test_untied_model_needs_its_head(tmp_path: Path) -> None:
     assert HEAD in reader.stage(untied).tensors
     with pytest.raises(WeightSyncError, match=r"missing lm_head\.weight"):
         reader.stage(rewrite(untied, lambda t: t.pop(HEAD)))
-
-
-def test_digest_covers_the_bytes_of_all_weight_files_in_name_order(tmp_path: Path) -> None:
-    (tmp_path / "b.safetensors").write_bytes(b"second")
-    (tmp_path / "a.safetensors").write_bytes(b"first")
-    (tmp_path / "config.json").write_bytes(b"not counted")
-    assert weights_digest(tmp_path) == "sha256:" + hashlib.sha256(b"firstsecond").hexdigest()
-    with pytest.raises(WeightSyncError, match="holds no"):
-        weights_digest(tmp_path / "nowhere")
 
 
 def test_every_end_token_of_both_configs_is_known(tmp_path: Path) -> None:

@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 
-from agentrl.serving.digest import weights_digest
 from agentrl.serving.embedded.checkpoint import CheckpointReader
 from agentrl.serving.embedded.continuous_batching import ContinuousBatch, Sampling
 from agentrl.serving.embedded.engine import Engine, EngineFailed, Job
 from agentrl.serving.embedded_engine import load_model
 from agentrl.testing.tiny_model import make_tiny_model
+from agentrl.weights.digest import weights_digest
 
 PROMPT = list(range(20, 60))
 

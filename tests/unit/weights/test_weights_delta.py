@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from agentrl.errors import WeightSyncError
-from agentrl.serving.digest import weights_digest
 from agentrl.serving.snapshot_store import SnapshotStore
 from agentrl.types import PolicyRecord
 from agentrl.weights.delta import CHANGES_FILE, DELTA_FILE, apply_delta, read_delta, write_delta
+from agentrl.weights.digest import weights_digest
 
 KINDS = [np.float32, np.float16, np.uint16, np.uint8, np.int64]
 
