@@ -40,7 +40,7 @@ $(SGLANG_VENV)/.installed: tests/rigs/sglang/install.sh
 	@touch $@
 
 test-sglang: $(STAMP) $(SGLANG_VENV)/.installed  ## Contract suite and a training run against a real SGLang (CPU)
-	OMP_NUM_THREADS=1 AGENTRL_SGLANG_VENV=$(abspath $(SGLANG_VENV)) $(BIN)/python -m pytest tests/contract tests/integration/test_sglang_training.py
+	OMP_NUM_THREADS=1 AGENTRL_SGLANG_VENV=$(abspath $(SGLANG_VENV)) $(BIN)/python -m pytest tests/contract tests/integration/test_sglang_training.py tests/integration/test_serving_sglang_broadcast.py
 
 chaos: $(STAMP)  ## Kill processes at random, break network, disk and clocks, and audit what is left
 	@rm -f .chaos.jsonl

@@ -40,6 +40,7 @@ from agentrl.rollout.worker import RolloutWorker
 from agentrl.serving.server_manager import AsyncLLMServerManager
 from agentrl.serving.servers_api import serving_servers_api
 from agentrl.serving.snapshot_store import SnapshotStore
+from agentrl.serving.weight_broadcast import WeightBroadcaster
 from agentrl.serving.weight_reconciler import PolicyProblem, WeightReconciler
 from agentrl.stream.connection import connect_async
 from agentrl.stream.fleet_board import FleetBoard
@@ -122,12 +123,14 @@ async def _players(config: Config, directory: RunDir) -> AsyncGenerator[Players]
         ray = await stack.enter_async_context(cluster(config)) if config.serve.launcher == "ray" else None
         manager = await stack.enter_async_context(engines(config, directory, model_path=config.model.path, ray=ray))
         owner = FleetOwner(FleetBoard(client, keys), manager) if stage is None else None
+        broadcaster = _broadcaster(config, directory)
         reconciler = WeightReconciler(
             manager, read_policy=partial(read_policy, client, keys), mode=config.serve.weight_sync,
             on_update=lambda update: directory.event("weights_updated", **asdict(update)),
             on_problem=lambda problem: _note_problem(directory, problem),
             prepare=SnapshotStore(directory.weights / SNAPSHOT_CACHE).full,
             before_update=owner.announce if owner else None,
+            broadcast=await stack.enter_async_context(broadcaster) if broadcaster else None,
         )  # fmt: skip
         servers_api = serving_servers_api(manager, token=run_secret(directory, SERVERS_TOKEN))
         directory.register("serve", url=await stack.enter_async_context(servers_api))
@@ -163,6 +166,14 @@ class _Here:
     def status(self) -> dict[str, Any]:
         fleet = _fleet_status(self._manager, self._reconciler)
         return {**fleet, **rollout_status(self._worker, self._stage, self._manager, self._progress)}
+
+
+def _broadcaster(config: Config, directory: RunDir) -> WeightBroadcaster | None:
+    serve = config.serve
+    if serve.weight_transport == "disk":
+        return None
+    size = serve.broadcast_bucket_mb << 20
+    return WeightBroadcaster(backend=serve.broadcast_backend, bucket_bytes=size, log_dir=directory.logs)
 
 
 def _note_problem(directory: RunDir, problem: PolicyProblem | None) -> None:

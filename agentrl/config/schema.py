@@ -185,6 +185,13 @@ class ServeConfig(Section):
     """Rewrite long contexts; none by default."""
     weight_sync: Literal["in_place", "retract", "abort", "rolling"] = "in_place"
     """How running generations meet new weights; per-token versions record it in every mode."""
+    weight_transport: Literal["disk", "broadcast"] = "disk"
+    """``disk``: every engine reads the published files. ``broadcast``: serve's machine reads them and sends them to SGLang engines, one
+    sender process per engine; for engines that share no disk with the learner."""
+    broadcast_backend: Literal["gloo", "nccl"] = "gloo"
+    """``gloo`` sends from host memory over TCP; ``nccl`` from the first GPU that serve sees."""
+    broadcast_bucket_mb: PositiveInt = 512
+    """MiB per broadcast, at most, unless one tensor is larger; an engine needs this much free memory for it."""
 
     @model_validator(mode="after")
     def _check(self) -> "ServeConfig":
@@ -200,6 +207,11 @@ class ServeConfig(Section):
             )
         if self.urls and self.router_url is not None:
             raise ValueError("serve.urls and serve.router_url are two lists of servers. Give one of them")
+        if self.weight_transport == "broadcast" and self.engine == "embedded" and not self.urls:
+            raise ValueError(
+                "serve.weight_transport=broadcast sends weights to SGLang, and serve.engine=embedded starts engines that read files. "
+                "Set serve.engine=sglang or serve.weight_transport=disk"
+            )
         if self.min_group > self.n:
             raise ValueError(f"serve.min_group={self.min_group} exceeds the group size serve.n={self.n}. Lower min_group")
         return self

@@ -17,7 +17,7 @@ from array import array
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import aiohttp
 import numpy as np
@@ -26,6 +26,7 @@ from yarl import URL
 
 from agentrl.errors import GenerationError, WeightSyncError
 from agentrl.types import FinishReason, SamplingParams, version_of_label
+from agentrl.weights.buckets import Bucket
 
 PauseMode: TypeAlias = Literal["in_place", "retract", "abort"]
 
@@ -99,6 +100,14 @@ class ModelInfo:
     is_embedded: bool
     """It reports a digest of its weight files, which only our embedded engine does."""
     vocab_size: int | None
+
+
+class ParallelLayout(NamedTuple):
+    """Processes that one server splits its model over."""
+
+    tensor: int
+    pipeline: int
+    data: int
 
 
 class SGLangClient:
@@ -342,6 +351,62 @@ class SGLangClient:
         answer = await self._control("POST", "/update_weights_from_disk", body, timeout_s=timeout_s)
         if not answer.get("success", False):
             raise WeightSyncError(f"{self.url} did not load {path}: {answer.get('message')}")
+
+    async def parallel_layout(self, *, timeout_s: float) -> ParallelLayout:
+        """How the server splits the model over its own processes; all 1 where it does not say."""
+        info = await self._control("GET", "/server_info", timeout_s=timeout_s)
+        return ParallelLayout(*(int(info.get(name) or 1) for name in ("tp_size", "pp_size", "dp_size")))
+
+    async def join_weights_group(
+        self, group: str, *, address: str, port: int, world_size: int, backend: str, timeout_s: float
+    ) -> None:
+        """Join a process group as ranks 1 and up, whose rank 0 answers on ``address:port``. Ends when all have joined.
+
+        Raises:
+            WeightSyncError: the server refused, failed to join, or could not be reached.
+        """
+        body = {"master_address": address, "master_port": port, "rank_offset": 1, "world_size": world_size}
+        await self._change("/init_weights_update_group", body | {"group_name": group, "backend": backend}, timeout_s)
+
+    async def leave_weights_group(self, group: str, *, timeout_s: float) -> None:
+        """Forget a process group."""
+        await self._change("/destroy_weights_update_group", {"group_name": group}, timeout_s)
+
+    async def begin_weight_update(self, *, timeout_s: float) -> None:
+        """Open the session that tensors are received in. One that an earlier process left open is closed first."""
+        try:
+            await self._change("/begin_weight_update", {}, timeout_s)
+        except WeightSyncError:
+            await self.end_weight_update(timeout_s=timeout_s)
+            await self._change("/begin_weight_update", {}, timeout_s)
+
+    async def end_weight_update(self, *, timeout_s: float) -> None:
+        """Close the session; refused when there is none."""
+        await self._change("/end_weight_update", {}, timeout_s)
+
+    async def receive_weights(
+        self, bucket: Bucket, *, group: str, label: str | None, flush_cache: bool, timeout_s: float
+    ) -> None:
+        """Receive one broadcast of the bucket's bytes from rank 0 and load its tensors.
+
+        Args:
+            bucket: what is sent.
+            group: a group that was joined.
+            label: the new ``weight_version``, with the last bucket; None leaves it.
+            flush_cache: drop the prefix cache; must be False while requests are held in place.
+            timeout_s: limit of the call.
+
+        Raises:
+            WeightSyncError: the server refused, the broadcast broke off, or a tensor does not fit: its weights are then a mixture.
+        """
+        body = {"names": bucket.names, "dtypes": bucket.dtypes, "shapes": bucket.shapes, "group_name": group}
+        body |= {"flush_cache": flush_cache, "weight_version": label, "load_format": "flattened_bucket"}
+        await self._change("/update_weights_from_distributed", body, timeout_s)
+
+    async def _change(self, path: str, body: Mapping[str, Any], timeout_s: float) -> None:
+        answer = await self._control("POST", path, body, timeout_s=timeout_s)
+        if not answer.get("success", False):
+            raise WeightSyncError(f"{self.url}{path} did not succeed: {answer.get('message')}")
 
     async def load_lora_adapter(self, name: str, path: str, *, timeout_s: float) -> None:
         """Load the peft directory ``path`` beside what is served; a name that is loaded already is left as it is.

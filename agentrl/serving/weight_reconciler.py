@@ -21,6 +21,9 @@ policy's label, new requests ask for it by name, requests in flight end with the
 ``weight_version`` is set to the same label, so that a restarted engine shows. The embedded engine merges the adapter into its
 starting weights when it loads the directory, like any other update.
 
+With a ``WeightBroadcaster`` SGLang servers receive the files' bytes instead of reading the files; everything else is the same. After a
+broadcast that failed, a server's next try is by disk.
+
 Cache: in ``in_place`` requests that are held keep their keys and values of the old weights; the manager's per-version
 cache namespaces keep later requests away from them. Every other update flushes the cache. ``in_place`` applies to
 servers in rotation; one that is out of it (new, restarted, quarantined) is paused with ``retract`` and flushed.
@@ -37,11 +40,13 @@ from typing import Literal, TypeAlias
 from agentrl.errors import StreamError, WeightSyncError
 from agentrl.serving.server_manager import NO_POLICY, AsyncLLMServerManager
 from agentrl.serving.sglang_client import ModelInfo, PauseMode, SGLangClient
+from agentrl.serving.weight_broadcast import WeightBroadcaster
 from agentrl.types import PolicyRecord
 from agentrl.weights.digest import weights_digest
 
 log = logging.getLogger(__name__)
 
+Transport: TypeAlias = Literal["disk", "broadcast"]
 UpdateMode: TypeAlias = Literal["in_place", "retract", "abort", "rolling"]
 
 _UPDATES_KEPT = 1000
@@ -57,6 +62,8 @@ class WeightUpdate:
     label: str
     version: int
     mode: UpdateMode
+    transport: Transport = "disk"
+    """How the weights were to get there."""
     is_first: bool
     """The server was out of rotation (new, restarted or quarantined), so no request waited for it."""
     error: str
@@ -114,6 +121,7 @@ class WeightReconciler:
         backoff_s: pause after a server's first failed update, doubled up to ``max_backoff_s``.
         prepare: turns a record into one with full weights that the engines can read; may block, runs in a thread.
         check_files: compare the weight files with the record's digest, once per record.
+        broadcast: sends weights to SGLang servers instead of letting them read the files; what it failed at is tried from disk.
         rollback_after: failed updates of every server after which a record is given up for the previous one.
         retry_s: pause before a record that was given up is tried on one server, doubled each time up to ``max_retry_s``.
         on_update: called after every attempt.
@@ -136,6 +144,7 @@ class WeightReconciler:
         max_backoff_s: float = 10.0,
         prepare: Callable[[PolicyRecord], PolicyRecord] | None = None,
         check_files: bool = True,
+        broadcast: WeightBroadcaster | None = None,
         rollback_after: int = 2,
         retry_s: float = 5.0,
         max_retry_s: float = 300.0,
@@ -154,6 +163,7 @@ class WeightReconciler:
         self._backoff_s = backoff_s
         self._max_backoff_s = max_backoff_s
         self._prepare, self._check_files = prepare, check_files
+        self._broadcast = broadcast
         self._rollback_after = rollback_after
         self._retry_s, self._max_retry_s = retry_s, max_retry_s
         self._on_update, self._on_problem, self._before_update = on_update, on_problem, before_update
@@ -389,6 +399,7 @@ class WeightReconciler:
         is_first = self._manager.verified_label(url) is None
         paused_s = 0.0
         problem = ""
+        transport: Transport = "disk"
         try:
             if is_first and await self._already_serves(client, record, is_doubtful=self._doubtful.get(url) == incarnation):
                 log.info("server already serves the policy url=%s label=%s", url, record.label)
@@ -397,10 +408,10 @@ class WeightReconciler:
                 return
             elif record.kind == "lora" and not client.is_embedded:
                 await self._load_adapter(client, record)
-            elif is_first or self._mode != "rolling":
-                paused_s = await self._update_paused(client, record, is_first=is_first)
             else:
-                paused_s = await self._update_drained(client, record)
+                transport = await self._connected(client, record)
+                update = self._update_paused if is_first or self._mode != "rolling" else self._update_drained
+                paused_s = await update(client, record, transport=transport, is_first=is_first)
         except WeightSyncError as error:
             problem = str(error)
         if url not in self._manager.urls or self._manager.incarnation(url) != incarnation:
@@ -420,6 +431,7 @@ class WeightReconciler:
                 label=record.label,
                 version=record.version,
                 mode=self._mode,
+                transport=transport,
                 is_first=is_first,
                 error=problem,
                 paused_s=paused_s,
@@ -447,7 +459,19 @@ class WeightReconciler:
         await client.continue_generation(timeout_s=self._control_timeout_s)
         return True
 
-    async def _update_paused(self, client: SGLangClient, record: PolicyRecord, *, is_first: bool) -> float:
+    async def _connected(self, client: SGLangClient, record: PolicyRecord) -> Transport:
+        """How the weights get there. A sender is started before anything is paused."""
+        if self._broadcast is None or client.is_embedded:
+            return "disk"
+        backoff = self._backoffs.get(client.url)
+        if backoff is not None and backoff.record == record and backoff.failures % 2 == 1:
+            return "disk"
+        incarnation = self._manager.incarnation(client.url)
+        await self._broadcast.keep_only(self._manager.urls)
+        is_connected = await self._broadcast.connect(client, incarnation=incarnation, send_timeout_s=self._update_timeout_s)
+        return "broadcast" if is_connected else "disk"
+
+    async def _update_paused(self, client: SGLangClient, record: PolicyRecord, *, transport: Transport, is_first: bool) -> float:
         """Pause, load, verify, continue. Returns the seconds paused."""
         loop = asyncio.get_running_loop()
         mode: PauseMode = "retract" if is_first or self._mode == "rolling" else self._mode
@@ -456,7 +480,7 @@ class WeightReconciler:
         paused_at = loop.time()
         try:
             await client.pause(mode, timeout_s=self._control_timeout_s)
-            await self._load(client, record, flush_cache=mode != "in_place")
+            await self._load(client, record, transport=transport, flush_cache=mode != "in_place")
         except WeightSyncError as error:
             # Out of rotation before it samples again: what it serves now is not known.
             self._quarantine(client.url, f"update to {record.label} failed: {error}")
@@ -465,7 +489,7 @@ class WeightReconciler:
             await self._resume(client)
         return loop.time() - paused_at
 
-    async def _update_drained(self, client: SGLangClient, record: PolicyRecord) -> float:
+    async def _update_drained(self, client: SGLangClient, record: PolicyRecord, *, transport: Transport, is_first: bool) -> float:
         """Take the server out of rotation, load, verify, put it back: nothing is ever held."""
         loop = asyncio.get_running_loop()
         self._manager.drain(client.url)
@@ -473,20 +497,23 @@ class WeightReconciler:
             if not await self._manager.wait_drained(client.url, timeout_s=self._drain_timeout_s):
                 log.info("server did not drain, its requests move url=%s after_s=%g", client.url, self._drain_timeout_s)
             drained_at = loop.time()
-            await self._update_paused(client, record, is_first=False)
+            await self._update_paused(client, record, transport=transport, is_first=is_first)
         finally:
             if client.url in self._manager.urls:
                 self._manager.undrain(client.url)
         return loop.time() - drained_at
 
-    async def _load(self, client: SGLangClient, record: PolicyRecord, *, flush_cache: bool) -> None:
-        await client.update_weights_from_disk(
-            record.path,
-            label=record.label,
-            flush_cache=flush_cache,
-            expected_digest=record.digest,
-            timeout_s=self._update_timeout_s,
-        )
+    async def _load(self, client: SGLangClient, record: PolicyRecord, *, transport: Transport, flush_cache: bool) -> None:
+        if transport == "broadcast" and self._broadcast is not None:
+            await self._broadcast.send(client, record, flush_cache=flush_cache, timeout_s=self._update_timeout_s)
+        else:
+            await client.update_weights_from_disk(
+                record.path,
+                label=record.label,
+                flush_cache=flush_cache,
+                expected_digest=record.digest,
+                timeout_s=self._update_timeout_s,
+            )
         _verify(client.url, await client.model_info(timeout_s=self._control_timeout_s), record)
 
     async def _load_adapter(self, client: SGLangClient, record: PolicyRecord) -> None:

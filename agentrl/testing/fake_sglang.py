@@ -156,6 +156,16 @@ class FakeSGLang:
         """Directories whose weights it cannot load."""
         self.adapters: dict[str, str] = {}
         """Loaded LoRA adapters: name -> path."""
+        self.received: dict[str, tuple[str, list[int], bytes]] = {}
+        """Tensors that were broadcast to it since it started: name -> dtype, shape, bytes."""
+        self.broadcasts: list[dict[str, Any]] = []
+        """Bodies of the calls that received them."""
+        self.broadcast_delay_s = 0.0
+        """Before it takes part in a broadcast."""
+        self.layout = {"tp_size": 1, "pp_size": 1, "dp_size": 1}
+        """Of ``/server_info``."""
+        self._groups: dict[str, Any] = {}
+        self._in_session = False
         self.num_foreign = 0
         """Requests of somebody else that the load report counts."""
         self._sampler, self._model = sampler, model
@@ -227,6 +237,9 @@ class FakeSGLang:
         self._live.clear()
         self._prefixes.clear()
         self.adapters.clear()
+        self.received.clear()
+        self._groups.clear()
+        self._in_session = False
         runner = web.AppRunner(self._app(), access_log=None, handler_cancellation=True, shutdown_timeout=0.0)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", self._port, reuse_address=True)
@@ -293,6 +306,11 @@ class FakeSGLang:
         app.router.add_post("/pause_generation", self._pause)
         app.router.add_post("/continue_generation", self._continue)
         app.router.add_post("/update_weights_from_disk", self._update)
+        app.router.add_post("/init_weights_update_group", self._join_group)
+        app.router.add_post("/destroy_weights_update_group", self._leave_group)
+        app.router.add_post("/begin_weight_update", self._begin_session)
+        app.router.add_post("/end_weight_update", self._end_session)
+        app.router.add_post("/update_weights_from_distributed", self._receive)
         app.router.add_post("/update_weight_version", self._rename)
         app.router.add_post("/load_lora_adapter", self._load_adapter)
         app.router.add_post("/unload_lora_adapter", self._unload_adapter)
@@ -550,6 +568,56 @@ class FakeSGLang:
             self._prefixes.clear()
         return web.json_response({"success": True, "message": "Succeeded to update model weights."})
 
+    async def _join_group(self, request: web.Request) -> web.Response:
+        """A real process group of torch, as rank 1; gloo only."""
+        body: dict[str, Any] = await request.json()
+        try:
+            self._groups[body["group_name"]] = await asyncio.to_thread(_join_group, body)
+        except (RuntimeError, OSError) as error:
+            return _result(f"Failed to initialize custom process group: {error}.")
+        return _result()
+
+    async def _leave_group(self, request: web.Request) -> web.Response:
+        name = (await request.json())["group_name"]
+        if self._groups.pop(name, None) is None:
+            return _result("The group to be destroyed does not exist.")
+        return _result()
+
+    async def _begin_session(self, request: web.Request) -> web.Response:
+        await request.read()
+        if self._in_session:
+            return _result("a weight-update session is already open; call end_weight_update() first")
+        self._in_session = True
+        return _result()
+
+    async def _end_session(self, request: web.Request) -> web.Response:
+        await request.read()
+        if not self._in_session:
+            return _result("no weight-update session is open; call begin_weight_update() first")
+        self._in_session = False
+        return _result()
+
+    async def _receive(self, request: web.Request) -> web.Response:
+        body: dict[str, Any] = await request.json()
+        self.broadcasts.append(body)
+        if self._failed_updates:
+            failure = self._failed_updates.popleft()
+            return web.Response(status=failure.status, text=failure.body, content_type="application/json")
+        if not self._in_session:
+            return _result("update_weights_from_distributed must run between begin_weight_update() and end_weight_update()")
+        if body.get("load_format") != "flattened_bucket" or body["group_name"] not in self._groups:
+            return _result(f"group {body['group_name']} is not joined, or the format is another")
+        await asyncio.sleep(self.broadcast_delay_s)
+        try:
+            tensors = await asyncio.to_thread(_receive_bucket, self._groups[body["group_name"]], body)
+        except RuntimeError as error:
+            return _result(f"Failed to receive weights: {error}")
+        self.received |= tensors
+        self.label = str(body.get("weight_version") or self.label)
+        if body.get("flush_cache", True):
+            self._prefixes.clear()
+        return _result()
+
     async def _load_adapter(self, request: web.Request) -> web.Response:
         body: dict[str, Any] = await request.json()
         name, path = str(body["lora_name"]), str(body["lora_path"])
@@ -602,7 +670,7 @@ class FakeSGLang:
         return web.json_response({"model_path": "fake", "weight_version": label, "is_generation": True})
 
     async def _server_info(self, request: web.Request) -> web.Response:
-        return web.json_response({"disable_overlap_schedule": True, "weight_version": self.base_label})
+        return web.json_response({"disable_overlap_schedule": True, "weight_version": self.base_label, **self.layout})
 
     async def _loads(self, request: web.Request) -> web.Response:
         known = self.num_foreign + sum(not live.is_lost for live in self._live.values())
@@ -645,6 +713,39 @@ def _spans(labels: Sequence[str]) -> list[dict[str, Any]]:
         else:
             spans.append({"version": label, "start": token, "end": token + 1})
     return spans
+
+
+def _join_group(body: dict[str, Any]) -> Any:
+    from datetime import timedelta
+
+    from torch.distributed import TCPStore
+
+    from agentrl.serving.weight_sender import join_group
+
+    timeout = timedelta(seconds=60)
+    store = TCPStore(body["master_address"], body["master_port"], timeout=timeout, wait_for_workers=False)
+    group, rank, world_size = body["group_name"], body["rank_offset"], body["world_size"]
+    return join_group(store, group=group, rank=rank, world_size=world_size, backend=body["backend"], timeout=timeout)
+
+
+def _receive_bucket(group: Any, body: dict[str, Any]) -> dict[str, tuple[str, list[int], bytes]]:
+    import torch
+    import torch.distributed as dist
+
+    sizes = [
+        math.prod(shape) * getattr(torch, dtype).itemsize for dtype, shape in zip(body["dtypes"], body["shapes"], strict=True)
+    ]
+    data = torch.empty(sum(sizes), dtype=torch.uint8)
+    dist.broadcast(data, src=0, group=group)
+    pieces = (bytes(piece.numpy()) for piece in data.split(sizes))
+    return {
+        name: (dtype, shape, piece)
+        for name, dtype, shape, piece in zip(body["names"], body["dtypes"], body["shapes"], pieces, strict=True)
+    }
+
+
+def _result(problem: str = "") -> web.Response:
+    return web.json_response({"success": not problem, "message": problem or "Success"}, status=400 if problem else 200)
 
 
 def _bad_request(message: str) -> web.Response:

@@ -7,10 +7,7 @@ new elements' bits). Elements are compared and written as bits, so the result is
 """
 
 import json
-import math
-import os
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agentrl.errors import WeightSyncError
+from agentrl.weights.tensor_files import TensorEntry, read_header
 
 Bits: TypeAlias = NDArray[np.unsignedinteger[Any]]
 
@@ -26,10 +24,6 @@ SCHEMA = 1
 DELTA_FILE = "delta.json"
 CHANGES_FILE = "changes.bin"
 _CHUNK_ELEMENTS = 1 << 24
-_ITEM_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
-    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
-}  # fmt: skip
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -48,15 +42,6 @@ class Delta:
     """Of ``changes.bin``."""
     full_bytes: int
     """Of the weight files it stands for."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    name: str
-    item_bytes: int
-    begin: int
-    """First byte, from the start of the file."""
-    end: int
 
 
 def read_delta(directory: str | Path) -> Delta | None:
@@ -102,8 +87,8 @@ def write_delta(out: Path, *, base: Path, base_name: str, new: Path, digest: str
     changes: dict[str, Bits] = {}
     changed = total = full_bytes = 0
     for name in files:
-        header, tensors = _read_header(new / name)
-        if header != _read_header(base / name)[0]:
+        header, tensors = read_header(new / name)
+        if header != read_header(base / name)[0]:
             return None
         old, fresh = (np.memmap(folder / name, dtype=np.uint8, mode="r") for folder in (base, new))
         if len(old) != len(fresh):
@@ -153,7 +138,7 @@ def apply_delta(delta: Path, *, base: Path, out: Path) -> None:
             shutil.copyfile(file, out / file.name)
     used = 0
     for file in sorted(out.glob("*.safetensors")):
-        _, tensors = _read_header(file)
+        _, tensors = read_header(file)
         data = np.memmap(file, dtype=np.uint8, mode="r+")
         for tensor in tensors:
             key = f"{file.name}/{tensor.name}"
@@ -193,37 +178,9 @@ def _narrow(values: NDArray[np.uint64]) -> Bits:
     return values.astype(next(kind for kind in (np.uint8, np.uint16, np.uint32, np.uint64) if most <= np.iinfo(kind).max))
 
 
-def _bits(data: NDArray[np.uint8], tensor: _Tensor) -> Bits:
+def _bits(data: NDArray[np.uint8], tensor: TensorEntry) -> Bits:
     """The tensor's elements as unsigned integers, in the file."""
     raw = data[tensor.begin : tensor.end]
     if tensor.begin % tensor.item_bytes:  # safetensors aligns its data; another writer may not
         raise WeightSyncError(f"tensor {tensor.name} is not aligned in its file: write it with the safetensors library.")
     return raw.view(_UNSIGNED[tensor.item_bytes])
-
-
-def _read_header(file: Path) -> tuple[bytes, list[_Tensor]]:
-    """The header's bytes, and where each tensor's data lies.
-
-    Raises:
-        WeightSyncError: not a complete safetensors file.
-    """
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            size = os.fstat(stream.fileno()).st_size
-            if not 2 <= length <= size - 8:
-                raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header = stream.read(length)
-        entries: Mapping[str, Mapping[str, Any]] = json.loads(header)
-        tensors: list[_Tensor] = []
-        for name, entry in entries.items():
-            if name == "__metadata__":
-                continue
-            begin, end = (8 + length + int(offset) for offset in entry["data_offsets"])
-            item_bytes = _ITEM_BYTES[entry["dtype"]]
-            if not 8 + length <= begin <= end <= size or end - begin != item_bytes * math.prod(entry["shape"]):
-                raise ValueError(f"tensor {name} does not fit its file")
-            tensors.append(_Tensor(name, item_bytes, begin, end))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WeightSyncError(f"{file} is not a complete safetensors file ({error!r}): write it anew.") from error
-    return header, tensors

@@ -16,7 +16,8 @@ LAYERS = {
 }  # fmt: skip
 STAGES = {"rollout", "serving", "stream", "learner", "data", "sandbox"}
 TORCH_FREE = ["rollout", "stream", "data", "serving", "config", "telemetry", "sandbox", "weights"]
-TORCH_ALLOWED_IN = {"agentrl/serving/embedded_engine.py"}
+TORCH_ALLOWED_IN = {"agentrl/serving/embedded_engine.py", "agentrl/serving/weight_sender.py"}
+"""Processes of their own, which the async stages never import."""
 
 
 def imports(path: Path) -> Iterator[tuple[str, int]]:

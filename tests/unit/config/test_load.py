@@ -57,6 +57,7 @@ def test_deleting_a_key_restores_its_default(tmp_path: Path) -> None:
         ("queue: {max_items: 0}", None, ["queue.max_items", "greater than 0"]),
         ("serve: {tokens: 10, tokens_per_turn: 20}", None, ["tokens_per_turn=20", "tokens=10"]),
         ("env: a:B\nreward: {fn: c.py:d}", None, ["env", "reward.fn"]),
+        ("serve: {weight_transport: broadcast}", None, ["weight_transport=broadcast", "engine=sglang"]),
         ("learn: {tis_cap: 2.0}", None, ["tis_cap", "recompute"]),
     ],
 )
