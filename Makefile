@@ -4,6 +4,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
 SGLANG_VENV ?= .venv-sglang
+TEST_WORKERS ?= 2
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
@@ -24,7 +25,7 @@ quickstart: $(STAMP)  ## Train a small tool-calling model on this machine, and s
 	$(BIN)/agentrl quickstart
 
 test: $(STAMP)  ## Run every test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 check: $(STAMP)  ## Lint, format and type checks
 	$(BIN)/ruff check .

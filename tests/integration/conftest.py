@@ -1,5 +1,6 @@
 """The cold-started quickstart model, made once per checkout: about a minute and a half of real supervised training."""
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -35,14 +36,17 @@ def cold_start(request: pytest.FixtureRequest) -> Path:
     """Folder with ``data/`` and ``sft/``; kept in pytest's cache, keyed by what it is made from."""
     sources = [*sorted((ROOT / "envs").glob("arithmetic*.py")), ROOT / "agentrl/learner/sft.py"]
     key = hashlib.sha256(b"".join(p.read_bytes() for p in sources) + str(SFT_STEPS).encode()).hexdigest()[:12]
-    folder = Path(request.config.cache.mkdir("cold-start")) / key  # pyright: ignore[reportOptionalMemberAccess]
-    if not (folder / "done").is_file():
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        subprocess.run(
-            [sys.executable, "-c", MAKE_COLD_START, str(folder), str(SFT_STEPS)], check=True, cwd=ROOT, env=environment()
-        )
-        (folder / "done").touch()
+    cache = Path(request.config.cache.mkdir("cold-start"))  # pyright: ignore[reportOptionalMemberAccess]
+    folder = cache / key
+    with (cache / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one of xdist's workers makes it, the other waits
+        if not (folder / "done").is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            subprocess.run(
+                [sys.executable, "-c", MAKE_COLD_START, str(folder), str(SFT_STEPS)], check=True, cwd=ROOT, env=environment()
+            )
+            (folder / "done").touch()
     return folder
 
 
