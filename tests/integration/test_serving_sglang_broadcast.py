@@ -86,7 +86,7 @@ async def test_sglang_serves_exactly_what_was_broadcast_and_recovers_by_disk_fro
         async def assert_serves(version: int) -> None:
             generation = await rollout(f"v{version}", 24)
             assert set(generation.versions) == {version}
-            assert off_by(paths[version], generation) < 1e-4
+            assert off_by(paths[version], generation) < 1e-3
 
         async with asyncio.TaskGroup() as group:
             loops = [group.create_task(loop) for loop in (fleet.run(), reconciler.run(), manager.run())]
@@ -106,8 +106,9 @@ async def test_sglang_serves_exactly_what_was_broadcast_and_recovers_by_disk_fro
             engine_pid = fleet.processes()[0]["pid"]
             os.kill(sender, signal.SIGSTOP)  # the server waits for bytes that do not come
             announced = records[2]
-            await until(lambda: reconciler.target == announced)
-            await asyncio.sleep(1.0)
+            while await manager.client(url).is_ready(timeout_s=30):  # until it is paused
+                await asyncio.sleep(0.02)
+            await asyncio.sleep(0.5)
             assert manager.verified_label(url) != "e1-v2"
             os.kill(sender, signal.SIGKILL)
             await settle_at(2)
