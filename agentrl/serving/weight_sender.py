@@ -77,7 +77,7 @@ class Sender:
         if len(self._host) < size:
             self._host = torch.empty(size, dtype=torch.uint8, pin_memory=self._backend == "nccl")
         data = self._host[:size]
-        view, filled = memoryview(data.numpy().data), 0
+        view, filled = data.numpy().data, 0
         for path, begin, length in pieces:
             with open(path, "rb") as file:
                 file.seek(begin)
