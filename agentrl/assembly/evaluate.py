@@ -3,9 +3,11 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import uvloop
@@ -27,6 +29,7 @@ from agentrl.assembly.rollouts import rollout_function
 from agentrl.assembly.sandbox import sandbox_process
 from agentrl.config import Config
 from agentrl.errors import ConfigError, RolloutError
+from agentrl.serving.server_manager import AsyncLLMServerManager
 from agentrl.serving.waiting_room import Priority
 from agentrl.telemetry.run_dir import RunDir, write_json
 from agentrl.telemetry.statistics import wilson_interval
@@ -79,7 +82,7 @@ async def _evaluate(config: Config, directory: RunDir, model_path: str, modes: S
         toolbox = build_toolbox(config, tokenizer, sandbox_url=sandbox_url)
         try:
             template = build_template(config, tokenizer, toolbox)
-            async with engines(config, directory, model_path=model_path) as manager, agent_host(config) as host:
+            async with _own_engines(config, directory, model_path) as manager, agent_host(config) as host:
                 results: list[dict[str, Any]] = []
                 for mode in modes:
                     sampling = SamplingParams(max_new_tokens=config.serve.tokens_per_turn, temperature=mode.temperature)
@@ -97,6 +100,14 @@ async def _evaluate(config: Config, directory: RunDir, model_path: str, modes: S
                 return results
         finally:
             await toolbox.aclose()
+
+
+@asynccontextmanager
+async def _own_engines(config: Config, directory: RunDir, model_path: str) -> AsyncGenerator[AsyncLLMServerManager]:
+    """Engines in a folder of their own: in the run's, they would pass for leftovers of it, and the run's for leftovers of these."""
+    with TemporaryDirectory(prefix=".engines-", dir=directory.evals) as folder:
+        async with engines(config, RunDir(folder).create(), model_path=model_path) as manager:
+            yield manager
 
 
 async def _play(tasks: Sequence[Task], mode: EvalMode, rollout: Any, in_flight: int) -> dict[str, Any]:

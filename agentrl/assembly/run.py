@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from agentrl.assembly.evaluations import Evaluations
 from agentrl.assembly.failure_budget import EXIT_GAVE_UP
 from agentrl.assembly.parts import (
     SUPERVISED_VARIABLE,
@@ -137,6 +138,7 @@ def run(config: Config, arguments: Sequence[str], *, tick: Callable[[RunDir], No
     share_sandbox_token(config, directory)
     children = [_child(directory, config, role, arguments) for role in _roles(config)]
     guard = _StreamGuard(config, directory, server)
+    evaluations = Evaluations(config, directory, arguments)
     watchdog = Watchdog(directory, config, on_stall=lambda verdict: directory.event("stalled", **asdict(verdict)))
     ended = threading.Event()
     watcher = threading.Thread(target=watchdog.watch, args=(ended,), name="watchdog", daemon=True)
@@ -145,12 +147,15 @@ def run(config: Config, arguments: Sequence[str], *, tick: Callable[[RunDir], No
             for child in children:
                 child.start()
             watcher.start()
-            is_complete = _supervise(children, directory, stop, guard, tick, max_restarts=config.run.max_restarts)
+            is_complete = _supervise(children, directory, stop, guard, evaluations, tick, max_restarts=config.run.max_restarts)
+            if is_complete:
+                evaluations.finish(stop.sleep)
     except AgentRLError as error:
         directory.event("run_failed", error=str(error))
         raise
     finally:
         ended.set()
+        evaluations.stop()
         _shut_down(children, directory, stop, guard)
         if server is not None:
             server.stop()
@@ -198,6 +203,7 @@ def _supervise(
     directory: RunDir,
     stop: "_StopOnSignal",
     guard: "_StreamGuard",
+    evaluations: Evaluations,
     tick: Callable[[RunDir], None] | None,
     *,
     max_restarts: int,
@@ -217,6 +223,7 @@ def _supervise(
             if code == 0 and child.role == "learn":
                 return True
             _restart(child, code, directory, max_restarts=max_restarts)
+        evaluations.look()
         if tick is not None:
             tick(directory)
         time.sleep(0.2)
@@ -327,6 +334,11 @@ class _StopOnSignal:
     def __exit__(self, *_: object) -> None:
         # The handlers stay while children drain, so that a second Ctrl-C is still counted; they go with the process.
         return None
+
+    def sleep(self, seconds: float) -> bool:
+        """Whether nobody asked to stop meanwhile."""
+        time.sleep(seconds)
+        return not self.requested
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.impatient = self.requested

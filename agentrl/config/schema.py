@@ -563,7 +563,8 @@ class EvalConfig(Section):
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """0 is greedy."""
     every: NonNegativeInt = 0
-    """During ``run``: evaluate each checkpoint whose step is a multiple of this; 0 is never."""
+    """During ``run``: evaluate each checkpoint whose step is a multiple of this, beside the run on engines of its own; 0 is never. Several
+    behind, the oldest comes first, so ``learn.keep`` should hold as many."""
     in_flight: PositiveInt = 64
     """Rollouts running at once."""
 

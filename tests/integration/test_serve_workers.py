@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import pytest_asyncio
 import redis.asyncio
+from agentrl.serving.digest import weights_digest
 
 from agentrl.assembly.audit import audit_run
 from agentrl.assembly.fleet import FleetFollower, FleetOwner, Keyring
-from agentrl.serving.digest import weights_digest
 from agentrl.serving.server_manager import AsyncLLMServerManager
 from agentrl.serving.weight_reconciler import WeightReconciler
 from agentrl.stream.fleet_board import FleetBoard
