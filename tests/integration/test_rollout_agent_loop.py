@@ -292,7 +292,7 @@ async def test_a_rows_tool_selection_narrows_what_is_shown_and_runnable() -> Non
 
 @pytest.mark.asyncio
 async def test_stop_tokens_of_the_template_are_asked_for_even_where_the_engine_knows_others() -> None:
-    other = copy.copy(TOKENIZER)
+    other = copy.deepcopy(TOKENIZER)  # a shallow one shares the map of special tokens
     other.eos_token = "<|endoftext|>"
     (_, generator) = await play("#### 7", tokenizer=other)
     assert generator.requests[0][2].stop_token_ids == (2, 0)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 import redis.asyncio
-from agentrl.serving.digest import weights_digest
+from agentrl.weights.digest import weights_digest
 
 from agentrl.assembly.audit import audit_run
 from agentrl.assembly.fleet import FleetFollower, FleetOwner, Keyring

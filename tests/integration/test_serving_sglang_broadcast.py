@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from agentrl.serving.digest import weights_digest
+from agentrl.weights.digest import weights_digest
 
 from agentrl.errors import WeightSyncError
 from agentrl.serving.engine_process import EngineFleet, SGLangEngineSpec

@@ -93,7 +93,7 @@ def test_server_killed_under_load_loses_nothing_it_acknowledged(server: Embedded
 
 def test_run_survives_server_kills_on_both_sides(server: EmbeddedServer) -> None:
     """Producers, a learner that commits behind checkpoints, admission's reader: none sees more than a pause."""
-    num_groups = 120
+    num_groups = 300
     acked: list[str] = []
     trained: Counter[str] = Counter()
     kills: list[float] = []

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from agentrl.serving.digest import weights_digest
+from agentrl.weights.digest import weights_digest
 from safetensors.torch import save_file
 
 from agentrl.errors import WeightSyncError
