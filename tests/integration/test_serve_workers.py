@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import pytest_asyncio
 import redis.asyncio
-from agentrl.weights.digest import weights_digest
 
 from agentrl.assembly.audit import audit_run
 from agentrl.assembly.fleet import FleetFollower, FleetOwner, Keyring
@@ -25,6 +24,7 @@ from agentrl.supervise import running
 from agentrl.telemetry.run_dir import read_jsonl
 from agentrl.testing.fake_sglang import FakeSGLang
 from agentrl.types import PolicyRecord, SamplingParams
+from agentrl.weights.digest import weights_digest
 
 pytestmark = pytest.mark.timeout(420)
 

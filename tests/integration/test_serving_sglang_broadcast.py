@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from agentrl.weights.digest import weights_digest
 
 from agentrl.errors import WeightSyncError
 from agentrl.serving.engine_process import EngineFleet, SGLangEngineSpec
@@ -17,6 +16,7 @@ from agentrl.serving.weight_broadcast import WeightBroadcaster
 from agentrl.serving.weight_reconciler import WeightReconciler
 from agentrl.testing.tiny_model import make_tiny_model
 from agentrl.types import Generation, PolicyRecord, SamplingParams
+from agentrl.weights.digest import weights_digest
 
 VENV = os.environ.get("AGENTRL_SGLANG_VENV", "")
 SHIM = Path(__file__).parents[1] / "rigs" / "sglang" / "shim"

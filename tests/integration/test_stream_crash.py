@@ -143,7 +143,7 @@ def test_run_survives_server_kills_on_both_sides(server: EmbeddedServer) -> None
     assert set(trained.values()) == {1}
     client = connect(server.ensure(), role="audit")
     ledger = read_ledger(client, KEYS)
-    assert (ledger.submitted, ledger.trained, ledger.waiting, ledger.bytes) == (360, 360, 0, 0)
+    assert (ledger.submitted, ledger.trained, ledger.waiting, ledger.bytes) == (3 * num_groups, 3 * num_groups, 0, 0)
     assert ledger.closes
     client.close()
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from agentrl.weights.digest import weights_digest
 from safetensors.torch import save_file
 
 from agentrl.errors import WeightSyncError
@@ -18,6 +17,7 @@ from agentrl.serving.weight_broadcast import WeightBroadcaster
 from agentrl.serving.weight_reconciler import WeightReconciler
 from agentrl.testing.fake_sglang import FakeSGLang
 from agentrl.types import PolicyRecord
+from agentrl.weights.digest import weights_digest
 
 BUCKET_BYTES = 3000
 
