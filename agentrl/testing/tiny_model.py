@@ -191,7 +191,7 @@ def make_tiny_model(
         pad_token_id=PAD_TOKEN_ID,
         dtype="float32",
     )
-    # The caller's random state is not ours to move: colleagues' tests seed their own generators.
+    # The caller's random state is not ours to move: tests seed their own generators.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: Any = Qwen2ForCausalLM(config).float()
