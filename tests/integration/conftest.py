@@ -6,14 +6,19 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
+import redis
+import redis.asyncio
 import yaml
 
+from agentrl.stream.server import EmbeddedServer, connect, connect_async, ensure
 from agentrl.telemetry.run_dir import RunDir
 
 ROOT = Path(__file__).parents[2]
@@ -132,3 +137,28 @@ def start_run() -> Any:
     yield start
     for run in started:
         run.close()
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """A real stream server of the test file's own."""
+    with tempfile.TemporaryDirectory(prefix="arl-") as directory:
+        yield ensure(directory)
+        EmbeddedServer(directory).stop()
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[redis.Redis]:
+    """The learner's client of the stream server, emptied."""
+    client = connect(url, role="learn")
+    client.flushall()
+    yield client
+    client.close()
+
+
+@pytest_asyncio.fixture
+async def aclient(url: str, client: redis.Redis) -> AsyncIterator[redis.asyncio.Redis]:
+    """The producers' client of the same server."""
+    aclient = connect_async(url, role="serve")
+    yield aclient
+    await aclient.aclose()

@@ -3,14 +3,12 @@
 import asyncio
 import os
 import signal
-import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import pytest_asyncio
 import redis.asyncio
 
 from agentrl.assembly.audit import audit_run
@@ -19,7 +17,6 @@ from agentrl.serving.server_manager import AsyncLLMServerManager
 from agentrl.serving.weight_reconciler import WeightReconciler
 from agentrl.stream.fleet_board import FleetBoard
 from agentrl.stream.keys import Keys
-from agentrl.stream.server import EmbeddedServer, connect_async, ensure
 from agentrl.supervise import running
 from agentrl.telemetry.run_dir import read_jsonl
 from agentrl.testing.fake_sglang import FakeSGLang
@@ -33,21 +30,6 @@ SMALL = {"n": 4, "in_flight": 32}
 STEPS = {"steps": 4, "groups": 4, "save_every": 2}
 
 
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with tempfile.TemporaryDirectory(prefix="arl-") as directory:
-        yield ensure(directory)
-        EmbeddedServer(directory).stop()
-
-
-@pytest_asyncio.fixture
-async def client(url: str) -> AsyncIterator[redis.asyncio.Redis]:
-    client = connect_async(url, role="serve")
-    await client.flushall()
-    yield client
-    await client.aclose()
-
-
 async def until(condition: Callable[[], bool], limit_s: float = 20.0) -> None:
     async with asyncio.timeout(limit_s):
         while not condition():
@@ -56,7 +38,7 @@ async def until(condition: Callable[[], bool], limit_s: float = 20.0) -> None:
 
 @pytest.mark.asyncio
 async def test_a_follower_samples_through_updates_that_another_process_makes_and_never_meets_an_unknown_label(
-    client: redis.asyncio.Redis, tmp_path: Path
+    aclient: redis.asyncio.Redis, tmp_path: Path
 ) -> None:
     record: PolicyRecord | None = None
 
@@ -80,9 +62,9 @@ async def test_a_follower_samples_through_updates_that_another_process_makes_and
     async with servers[0], servers[1], AsyncLLMServerManager() as owning, AsyncLLMServerManager() as following:
         for server in servers:
             owning.add_server(server.url)
-        owner = FleetOwner(FleetBoard(client, KEYS), owning)
+        owner = FleetOwner(FleetBoard(aclient, KEYS), owning)
         reconciler = WeightReconciler(owning, read_policy=read_policy, poll_s=0.01, before_update=owner.announce)
-        follower = FleetFollower("serve-0", FleetBoard(client, KEYS), following, keys=Keyring())
+        follower = FleetFollower("serve-0", FleetBoard(aclient, KEYS), following, keys=Keyring())
         versions: list[list[int]] = []
         loops = {f"rollout_{i}": sample(following, versions) for i in range(4)}
         async with running(
@@ -105,11 +87,11 @@ async def test_a_follower_samples_through_updates_that_another_process_makes_and
 
 @pytest.mark.asyncio
 async def test_a_follower_that_no_longer_answers_holds_an_update_up_for_a_while_only(
-    client: redis.asyncio.Redis, monkeypatch: pytest.MonkeyPatch
+    aclient: redis.asyncio.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("agentrl.assembly.fleet.FOLLOWERS_LIMIT_S", 0.3)
-    board = FleetBoard(client, KEYS)
-    await FleetBoard(client, KEYS).saw("halted", 0)
+    board = FleetBoard(aclient, KEYS)
+    await FleetBoard(aclient, KEYS).saw("halted", 0)
     async with AsyncLLMServerManager() as manager:
         owner = FleetOwner(board, manager)
         started = time.monotonic()

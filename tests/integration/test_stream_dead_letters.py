@@ -1,10 +1,6 @@
 """Dead letters are listed, replayed and dropped on a real server; the ledger closes after each."""
 
-import tempfile
-from collections.abc import AsyncIterator, Iterator
-
 import pytest
-import pytest_asyncio
 import redis
 import redis.asyncio
 
@@ -15,34 +11,11 @@ from agentrl.stream.dead_letters import drop_dead_letters, list_dead_letters, or
 from agentrl.stream.keys import Keys
 from agentrl.stream.ledger import read_ledger
 from agentrl.stream.producer import SIDE_KEY_BYTES, TrajectoryProducer
-from agentrl.stream.server import EmbeddedServer, connect, connect_async, ensure
 from agentrl.testing.stream_doubles import make_close, make_trajectory
 from agentrl.types import Trajectory, content_digest
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.asyncio]
 KEYS = Keys("dead")
-
-
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with tempfile.TemporaryDirectory(prefix="arl-") as directory:
-        yield ensure(directory)
-        EmbeddedServer(directory).stop()
-
-
-@pytest.fixture
-def client(url: str) -> Iterator[redis.Redis]:
-    client = connect(url, role="learn")
-    client.flushall()
-    yield client
-    client.close()
-
-
-@pytest_asyncio.fixture
-async def aclient(url: str, client: redis.Redis) -> AsyncIterator[redis.asyncio.Redis]:
-    aclient = connect_async(url, role="serve")
-    yield aclient
-    await aclient.aclose()
 
 
 async def bury_a_group(client: redis.Redis, aclient: redis.asyncio.Redis, size: int = 3) -> list[str]:

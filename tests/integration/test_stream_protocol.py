@@ -2,15 +2,12 @@
 
 import asyncio
 import json
-import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-import pytest_asyncio
 import redis
 import redis.asyncio
 
@@ -23,33 +20,11 @@ from agentrl.stream.keys import GROUP, Keys
 from agentrl.stream.ledger import read_ledger
 from agentrl.stream.policy import read_policy, read_policy_sync, read_progress, read_progress_sync
 from agentrl.stream.producer import TrajectoryProducer
-from agentrl.stream.server import EmbeddedServer, connect, connect_async, ensure
+from agentrl.stream.server import connect, connect_async
 from agentrl.testing.stream_doubles import LossyProxy, make_close, make_trajectory
 from agentrl.types import GroupClose, PolicyRecord, Trajectory, TrajectoryGroup, content_digest
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.asyncio]
-
-
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with tempfile.TemporaryDirectory(prefix="arl-") as directory:
-        yield ensure(directory)
-        EmbeddedServer(directory).stop()
-
-
-@pytest.fixture
-def client(url: str) -> Iterator[redis.Redis]:
-    client = connect(url, role="learn")
-    client.flushall()
-    yield client
-    client.close()
-
-
-@pytest_asyncio.fixture
-async def aclient(url: str, client: redis.Redis) -> AsyncIterator[redis.asyncio.Redis]:
-    aclient = connect_async(url, role="serve")
-    yield aclient
-    await aclient.aclose()
 
 
 @pytest.fixture

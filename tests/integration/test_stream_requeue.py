@@ -1,9 +1,8 @@
 """Over-stale groups are given back and sampled again, on a real server: once each, behind the checkpoint, and the ledger closes."""
 
 import asyncio
-import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -21,27 +20,12 @@ from agentrl.stream.keys import Keys
 from agentrl.stream.ledger import read_ledger
 from agentrl.stream.policy import read_progress
 from agentrl.stream.producer import TrajectoryProducer
-from agentrl.stream.server import EmbeddedServer, connect, connect_async, ensure
+from agentrl.stream.server import connect_async
 from agentrl.testing.stream_doubles import make_close, make_trajectory
 from agentrl.types import Task, Trajectory, TrajectoryGroup, group_id_of, round_of
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.asyncio]
 KEYS = Keys("again")
-
-
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with tempfile.TemporaryDirectory(prefix="arl-") as directory:
-        yield ensure(directory)
-        EmbeddedServer(directory).stop()
-
-
-@pytest.fixture
-def client(url: str) -> Iterator[redis.Redis]:
-    client = connect(url, role="learn")
-    client.flushall()
-    yield client
-    client.close()
 
 
 @pytest_asyncio.fixture
