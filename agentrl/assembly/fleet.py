@@ -22,6 +22,8 @@ LOOK_EVERY_S = 0.05
 FOLLOWERS_LIMIT_S = 5.0
 """Longest wait for followers before an update. One that comes later discards the tokens it does not understand, and says so."""
 ASK_TIMEOUT_S = 5.0
+BEAT_S = 1.0
+"""Between a follower's signs of life while nothing changes: each is a write that the server syncs to disk."""
 
 
 class FleetOwner:
@@ -125,11 +127,15 @@ class FleetFollower:
 
     async def run(self) -> None:
         """Follow until cancelled."""
+        seen, beat_at = -1, 0.0
         try:
             while True:
                 posted = await self._board.read()
                 self._apply(posted)
-                await self._board.saw(self._name, posted.number if posted else 0)
+                number, now = posted.number if posted else 0, asyncio.get_running_loop().time()
+                if number != seen or now >= beat_at:
+                    await self._board.saw(self._name, number)
+                    seen, beat_at = number, now + BEAT_S
                 await self._verify()
                 await asyncio.sleep(LOOK_EVERY_S)
         finally:

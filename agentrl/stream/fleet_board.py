@@ -113,7 +113,7 @@ class FleetBoard:
         return Posted(number, state)
 
     async def saw(self, reader: str, number: int) -> None:
-        """This reader acts on state ``number``; also its sign of life, so call it at every look."""
+        """This reader acts on state ``number``; also its sign of life, so call it well within `READER_GONE_S`."""
         self._beat += 1
         value = f"{number}:{self._beat}"
         await retry_async(lambda: self._client.hset(self._key, _SEEN + reader, value), "reporting to the fleet", patience_s=None)

@@ -335,7 +335,8 @@ for _, ordinal in ipairs(again) do
   take(ordinal)
   room = room - 1
 end
-local next_ordinal = tonumber(redis.call('HGET', KEYS[2], 'next') or redis.call('BITPOS', KEYS[3], 0))
+local known_next = redis.call('HGET', KEYS[2], 'next')
+local next_ordinal = tonumber(known_next or redis.call('BITPOS', KEYS[3], 0))
 while count < want and room > 0 do
   if redis.call('GETBIT', KEYS[3], next_ordinal) == 0 and not redis.call('ZSCORE', KEYS[1], next_ordinal) then
     take(next_ordinal)
@@ -343,7 +344,8 @@ while count < want and room > 0 do
   end
   next_ordinal = next_ordinal + 1
 end
-redis.call('HSET', KEYS[2], 'next', next_ordinal)
+-- Asked in vain, several times a second while the learner is behind: nothing is written then, and nothing synced to disk.
+if tostring(next_ordinal) ~= known_next then redis.call('HSET', KEYS[2], 'next', next_ordinal) end
 return taken
 """
 )
