@@ -1,7 +1,8 @@
 """Several HTTP processes behind one port: each has fork servers of its own, and its death loses only its own runs.
 
 They share a listening socket. A session lives in one of them, whose number its id begins with; a request that arrives
-elsewhere is passed on over a private unix socket. ``/health`` and ``/metrics`` answer for all of them together.
+elsewhere is passed on over a private unix socket. A new session goes where most places are free, so that none is given up
+while another process has room. ``/health`` and ``/metrics`` answer for all of them together.
 """
 
 import json
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -51,6 +53,8 @@ class Siblings:
     """Private to this service; holds one unix socket per process."""
     service: "Service | None" = None
     _clients: dict[int, aiohttp.ClientSession] = field(default_factory=dict[int, aiohttp.ClientSession])
+    _opening: Counter[int] = field(default_factory=Counter[int])
+    """Sessions that this process is having opened, by the process they go to: not in its count yet."""
 
     @property
     def session_prefix(self) -> str:
@@ -80,14 +84,34 @@ class Siblings:
                 response = await (self._health() if path == "/health" else self._metrics())
                 await response(scope, receive, send)
                 return
-            owner = _owner(path, self.count)
-            if owner is None or owner == self.index:
-                await app(scope, receive, send)
-                return
-            response = await self._forward(owner, Request(scope, receive))
-            await response(scope, receive, send)
+            if path == "/sessions" and scope["method"] == "POST":
+                owner = await self._roomiest()
+                self._opening[owner] += 1
+                try:
+                    await self._pass_on(owner, app, scope, receive, send)
+                finally:
+                    self._opening[owner] -= 1
+            else:
+                await self._pass_on(_owner(path, self.count), app, scope, receive, send)
 
         return route
+
+    async def _pass_on(self, owner: int | None, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the owner answer: this process (also for None) or another."""
+        if owner is None or owner == self.index:
+            await app(scope, receive, send)
+            return
+        response = await self._forward(owner, Request(scope, receive))
+        await response(scope, receive, send)
+
+    async def _roomiest(self) -> int:
+        """The healthy process with the most free places for sessions; this one among equals."""
+        assert self.service is not None
+        healths = {index: json.loads(raw) for index, raw in (await self._ask_all("/health")).items()}
+        free = {i: health["max_sessions"] - health["sessions"] - self._opening[i] for i, health in healths.items() if health["ok"]}
+        own, _ = self.service.health()
+        free[self.index] = own["max_sessions"] - own["sessions"] - self._opening[self.index]
+        return max(free, key=lambda index: (free[index], index == self.index))
 
     def _client(self, index: int) -> aiohttp.ClientSession:
         client = self._clients.get(index)
@@ -112,6 +136,9 @@ class Siblings:
                 return Response(await answer.read(), answer.status, Headers(kept))
         except (aiohttp.ClientError, OSError) as error:
             log.warning("sibling unreachable index=%d reason=%s", owner, error)
+            if request.url.path == "/sessions":
+                detail = "the process that was to hold the session died while it opened. Ask again."
+                return JSONResponse({"detail": detail, "reason": "not_started"}, 503, {"Retry-After": "1"})
             detail = "the session is gone: its process died. Open a new one; its variables and files are lost."
             return JSONResponse({"detail": detail, "reason": "lost"}, 410)
 

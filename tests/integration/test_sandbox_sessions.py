@@ -336,6 +336,7 @@ def test_several_processes_share_sessions_and_answer_for_each_other() -> None:
         health = service.request("/health").body
         assert (health["processes_alive"], health["capacity"], health["max_sessions"]) == (2, 4, 8)
         sessions = [_open(service) for _ in range(6)]
+        assert sorted(session[0] for session in sessions) == ["0", "0", "0", "1", "1", "1"]  # where most room is
         for number, session in enumerate(sessions):
             _cell(service, session, f"v = {number}")
         for _ in range(3):  # each on a connection of its own: both processes get to pass some on
