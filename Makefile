@@ -25,7 +25,7 @@ quickstart: $(STAMP)  ## Train a small tool-calling model on this machine, and s
 	$(BIN)/agentrl quickstart
 
 test: $(STAMP)  ## Run every test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: $(STAMP)  ## Lint, format and type checks
 	$(BIN)/ruff check .

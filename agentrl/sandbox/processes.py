@@ -108,7 +108,9 @@ class Siblings:
         """The healthy process with the most free places for sessions; this one among equals."""
         assert self.service is not None
         healths = {index: json.loads(raw) for index, raw in (await self._ask_all("/health")).items()}
-        free = {i: health["max_sessions"] - health["sessions"] - self._opening[i] for i, health in healths.items() if health["ok"]}
+        free = {
+            i: health["max_sessions"] - health["sessions"] - self._opening[i] for i, health in healths.items() if health["ok"]
+        }
         own, _ = self.service.health()
         free[self.index] = own["max_sessions"] - own["sessions"] - self._opening[self.index]
         return max(free, key=lambda index: (free[index], index == self.index))

@@ -33,7 +33,7 @@ EVENTS_PER_RUN = 20
 ROLES = ("learn", "serve", "engine-0", "engine-1", "sandbox", "redis")
 STUCK_AFTER_S = 90.0
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(240 + 60 * min(EVENTS, EVENTS_PER_RUN))]
+pytestmark = [pytest.mark.slow, pytest.mark.chaos, pytest.mark.timeout(240 + 60 * min(EVENTS, EVENTS_PER_RUN))]
 
 
 class Run:

@@ -14,7 +14,7 @@ from chaos_rig import Process, agentrl, logs_of, until, write_config, write_proj
 from agentrl.assembly.audit import audit_run, newest_checkpoint
 from agentrl.telemetry.run_dir import RunDir, read_jsonl
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.chaos, pytest.mark.timeout(300)]
 
 STEPS = 8
 VOLATILE = ("time", "timing", "perf", "tokens_per", "staleness", "memory", "mfu", "version_", "tools/")

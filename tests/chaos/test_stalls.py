@@ -24,7 +24,7 @@ from agentrl.stream.server import EmbeddedServer
 from agentrl.telemetry.run_dir import RunDir
 from agentrl.testing.fake_sglang import FakeSGLang
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 LIMIT_S = 2.0
 

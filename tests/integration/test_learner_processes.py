@@ -111,6 +111,7 @@ def calm(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_a_learner_killed_in_the_middle_of_saving_comes_back_as_if_it_had_not_been(
     model_dir: Path, calm: Path, tmp_path: Path
 ) -> None:
@@ -129,6 +130,7 @@ def test_a_learner_killed_in_the_middle_of_saving_comes_back_as_if_it_had_not_be
     assert sorted(trained_ids(killed)) == sorted(trained_ids(calm))
 
 
+@pytest.mark.slow
 def test_a_learner_killed_while_a_checkpoint_is_written_behind_its_back_comes_back_as_if_it_had_not_been(
     model_dir: Path, calm: Path, tmp_path: Path
 ) -> None:
@@ -144,6 +146,7 @@ def test_a_learner_killed_while_a_checkpoint_is_written_behind_its_back_comes_ba
     assert sorted(trained_ids(killed)) == sorted(trained_ids(calm))
 
 
+@pytest.mark.slow
 def test_two_ranks_learn_what_one_learns_and_three_and_one_can_continue_their_checkpoint(
     model_dir: Path, calm: Path, tmp_path: Path
 ) -> None:
@@ -166,6 +169,7 @@ def test_two_ranks_learn_what_one_learns_and_three_and_one_can_continue_their_ch
     assert sorted(trained_ids(calm)) == sorted(trained_ids(two))
 
 
+@pytest.mark.slow
 def test_two_ranks_agree_with_one_on_critic_adapters_and_steered_kl_though_one_of_them_has_no_work(
     model_dir: Path, tmp_path: Path
 ) -> None:

@@ -34,6 +34,7 @@ async def until(condition: Callable[[], bool], limit_s: float = 60.0) -> None:
             await asyncio.sleep(0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.asyncio
 @pytest.mark.timeout(240)
 async def test_an_engine_killed_in_mid_generation_costs_nothing_and_returns_with_the_policy(

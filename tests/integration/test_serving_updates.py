@@ -45,6 +45,7 @@ def off_by(models: dict[int, Any], index: int, generation: Generation) -> float:
     return worst
 
 
+@pytest.mark.slow
 @pytest.mark.asyncio
 @pytest.mark.timeout(240)
 async def test_every_mode_keeps_generations_and_labels_true_and_a_broken_policy_is_rolled_back(tmp_path: Path) -> None:

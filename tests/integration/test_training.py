@@ -14,7 +14,7 @@ from agentrl.assembly.audit import audit_run, ledger_of, newest_checkpoint
 from agentrl.telemetry.run_dir import read_json, read_jsonl
 from agentrl.telemetry.trajectory_log import read_records
 
-pytestmark = pytest.mark.timeout(420)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
 
 
 def test_a_policy_trained_end_to_end_earns_more_and_every_trajectory_is_token_exact(
