@@ -246,7 +246,7 @@ class QueueConfig(Section):
     """The durable stream between ``serve`` and ``learn``."""
 
     url: str = Field(default="embedded", repr=False)
-    """``embedded`` starts a real server inside the run folder; or ``redis://``, ``rediss://``, ``unix://``."""
+    """``embedded`` starts a real server inside the run folder; or ``redis://``, ``rediss://``, ``unix://``, ``redis+sentinel://``."""
     max_items: PositiveInt | None = None
     """Entries that may wait for the learner; a full stream stops generation. Default: the pipeline's size."""
     max_bytes: PositiveInt = 1 << 30

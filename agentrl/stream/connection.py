@@ -9,6 +9,7 @@ import logging
 import os
 import random
 import re
+import ssl
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -16,12 +17,15 @@ from typing import Any, Final, Literal, TypeVar
 
 import redis
 import redis.asyncio
+import redis.asyncio.sentinel
+import redis.sentinel
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, AuthorizationError, RedisError, ResponseError
 from redis.retry import Retry
 
 from agentrl.errors import ConfigError, StreamError
+from agentrl.stream import sentinel
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +41,10 @@ MIN_VERSION: Final = (7, 0)
 RETRY_FIRST_S: Final = 0.05
 RETRY_MAX_S: Final = 2.0
 
-_SCHEMES: Final = ("redis://", "rediss://", "unix://")
+_SCHEMES: Final = ("redis://", "rediss://", "unix://", *sentinel.SCHEMES)
 _TRANSIENT_REPLIES: Final = ("LOADING", "TRYAGAIN", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "BUSY ")
-_CREDENTIALS: Final = re.compile(r"(?P<scheme>^[a-z]+://)[^/?#]*@")
-_QUERY_SECRETS: Final = re.compile(r"(?i)([?&](?:password|username)=)[^&#]*")
+_CREDENTIALS: Final = re.compile(r"(?P<scheme>^[a-z+]+://)[^/?#]*@")
+_QUERY_SECRETS: Final = re.compile(r"(?i)([?&](?:sentinel_)?(?:password|username)=)[^&#]*")
 
 Persistence = Literal["always", "everysec", "off", "unknown"]
 
@@ -67,16 +71,28 @@ def connect(url: str, *, role: str = "client", socket_timeout_s: float | None = 
     """A client named ``agentrl-<role>-<pid>`` that never retries. It connects at its first command.
 
     Raises:
-        ConfigError: the url is not redis://, rediss:// or unix://.
+        ConfigError: the url is not redis://, rediss://, unix:// or one of those of ``sentinel.SentinelUrl``.
     """
     _check_url(url)
-    return redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0), **_options(role, socket_timeout_s))
+    options = _options(role, socket_timeout_s) | {"retry": Retry(NoBackoff(), 0)}
+    if not url.startswith(sentinel.SCHEMES):
+        return redis.Redis.from_url(url, **options)
+    parts = sentinel.SentinelUrl.parse(url, shown=redact_url(url))
+    asked = parts.sentinel_options | options | {"socket_timeout": CONNECT_TIMEOUT_S}
+    sentinels = redis.sentinel.Sentinel(parts.sentinels, sentinel_kwargs=asked)
+    return sentinels.master_for(parts.service, **parts.server_options | options)
 
 
 def connect_async(url: str, *, role: str = "client", socket_timeout_s: float | None = SOCKET_TIMEOUT_S) -> redis.asyncio.Redis:
     """``connect`` for asyncio."""
     _check_url(url)
-    return redis.asyncio.Redis.from_url(url, retry=AsyncRetry(NoBackoff(), 0), **_options(role, socket_timeout_s))
+    options = _options(role, socket_timeout_s) | {"retry": AsyncRetry(NoBackoff(), 0)}
+    if not url.startswith(sentinel.SCHEMES):
+        return redis.asyncio.Redis.from_url(url, **options)
+    parts = sentinel.SentinelUrl.parse(url, shown=redact_url(url))
+    asked = parts.sentinel_options | options | {"socket_timeout": CONNECT_TIMEOUT_S}
+    sentinels = redis.asyncio.sentinel.Sentinel(parts.sentinels, sentinel_kwargs=asked)
+    return sentinels.master_for(parts.service, **parts.server_options | options)
 
 
 def client_name(role: str) -> str:
@@ -110,7 +126,7 @@ def check_server(client: redis.Redis) -> ServerInfo:
 
 def is_transient(error: BaseException) -> bool:
     """Whether waiting can cure it: the server is away, restarting, or loading its file."""
-    if isinstance(error, AuthenticationError | AuthorizationError):
+    if isinstance(error, AuthenticationError | AuthorizationError) or _untrusted_certificate(error):
         return False
     if isinstance(error, redis.ConnectionError | redis.TimeoutError | OSError):
         return True
@@ -122,6 +138,10 @@ def classify(error: Exception, what: str) -> StreamError | ConfigError:
     text = _reply(error)
     if isinstance(error, AuthenticationError | AuthorizationError) or text.startswith(("NOAUTH", "WRONGPASS")):
         return ConfigError(f"{what}: Redis refused the credentials: check user and password of the stream's url")
+    if _untrusted_certificate(error):
+        return ConfigError(
+            f"{what}: the server's certificate is not trusted: give '?ssl_ca_certs=FILE' in the stream's url. {text}"
+        )
     if text.startswith("MISCONF"):
         return StreamError(f"{what}: Redis cannot write to its disk and refuses entries: free disk space. {text}")
     if text.startswith("NOGROUP"):
@@ -207,6 +227,12 @@ class Pauses:
         return pause * random.uniform(0.5, 1.0)  # noqa: S311
 
 
+def _untrusted_certificate(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, ssl.SSLCertVerificationError):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 def _reply(error: Exception) -> str:
     """What the server said; redis-py puts the command in front when it came through a pipeline."""
     return str(error).rpartition("of pipeline caused error: ")[2]
@@ -214,7 +240,9 @@ def _reply(error: Exception) -> str:
 
 def _check_url(url: str) -> None:
     if not url.startswith(_SCHEMES):
-        raise ConfigError(f"stream url {redact_url(url)!r} is of no known kind: use redis://, rediss:// or unix://")
+        raise ConfigError(
+            f"stream url {redact_url(url)!r} is of no known kind: use redis://, rediss://, unix:// or redis+sentinel://"
+        )
 
 
 def _options(role: str, socket_timeout_s: float | None) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from agentrl.stream.keys import KEY_NAMES, Keys
         ("unix://me@/run/a.sock?Password=s3cret&db=1", "unix://***@/run/a.sock?Password=***&db=1"),
         ("redis://host:6379", "redis://host:6379"),
         ("redis://a:s3@cret@host", "redis://***@host"),
+        ("redis+sentinel://:s3cret@a,b/m?sentinel_password=s3cret", "redis+sentinel://***@a,b/m?sentinel_password=***"),
     ],
 )
 def test_credentials_are_cut_from_urls(url: str, shown: str) -> None:
@@ -30,7 +31,7 @@ def test_credentials_are_cut_from_urls(url: str, shown: str) -> None:
 
 @pytest.mark.parametrize("opener", [connect, connect_async])
 def test_unknown_url_kind_is_refused_without_showing_its_password(opener: object) -> None:
-    with pytest.raises(ConfigError, match="redis://, rediss:// or unix://") as caught:
+    with pytest.raises(ConfigError, match=r"redis://, rediss://, unix:// or redis\+sentinel://") as caught:
         opener("http://u:s3cret@host")  # pyright: ignore[reportCallIssue]
     assert "s3cret" not in str(caught.value)
 
