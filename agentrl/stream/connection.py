@@ -74,11 +74,11 @@ def connect(url: str, *, role: str = "client", socket_timeout_s: float | None = 
         ConfigError: the url is not redis://, rediss://, unix:// or one of those of ``sentinel.SentinelUrl``.
     """
     _check_url(url)
-    options = _options(role, socket_timeout_s) | {"retry": Retry(NoBackoff(), 0)}
+    options: dict[str, Any] = _options(role, socket_timeout_s) | {"retry": Retry(NoBackoff(), 0)}
     if not url.startswith(sentinel.SCHEMES):
         return redis.Redis.from_url(url, **options)
     parts = sentinel.SentinelUrl.parse(url, shown=redact_url(url))
-    asked = parts.sentinel_options | options | {"socket_timeout": CONNECT_TIMEOUT_S}
+    asked: dict[str, Any] = parts.sentinel_options | options | {"socket_timeout": CONNECT_TIMEOUT_S}
     sentinels = redis.sentinel.Sentinel(parts.sentinels, sentinel_kwargs=asked)
     return sentinels.master_for(parts.service, **parts.server_options | options)
 
@@ -86,11 +86,11 @@ def connect(url: str, *, role: str = "client", socket_timeout_s: float | None = 
 def connect_async(url: str, *, role: str = "client", socket_timeout_s: float | None = SOCKET_TIMEOUT_S) -> redis.asyncio.Redis:
     """``connect`` for asyncio."""
     _check_url(url)
-    options = _options(role, socket_timeout_s) | {"retry": AsyncRetry(NoBackoff(), 0)}
+    options: dict[str, Any] = _options(role, socket_timeout_s) | {"retry": AsyncRetry(NoBackoff(), 0)}
     if not url.startswith(sentinel.SCHEMES):
         return redis.asyncio.Redis.from_url(url, **options)
     parts = sentinel.SentinelUrl.parse(url, shown=redact_url(url))
-    asked = parts.sentinel_options | options | {"socket_timeout": CONNECT_TIMEOUT_S}
+    asked: dict[str, Any] = parts.sentinel_options | options | {"socket_timeout": CONNECT_TIMEOUT_S}
     sentinels = redis.asyncio.sentinel.Sentinel(parts.sentinels, sentinel_kwargs=asked)
     return sentinels.master_for(parts.service, **parts.server_options | options)
 
