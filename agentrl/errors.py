@@ -44,6 +44,10 @@ class StreamError(AgentRLError):
     """The trajectory stream refused, lost or corrupted something."""
 
 
+class MembersLost(StreamError):
+    """A group was to close with members that the stream does not know: its server lost them, or they were never put."""
+
+
 class CodecError(StreamError):
     """The bytes are not a valid entry: truncated, corrupted, or of an unknown schema."""
 

@@ -14,8 +14,8 @@ _LEAST = ("quiet_s", "finished_s")
 """The run moves when one worker does."""
 _LONGEST = ("oldest_rollout_s",)
 _SUMMED = (
-    "open_groups", "running_rollouts", "finished", "retried", "groups_closed", "groups_again", "groups_without_members",
-    "groups_without_baseline", "tokens_sampled", "tokens_observed", "tokens_per_s",
+    "open_groups", "running_rollouts", "finished", "retried", "groups_closed", "groups_again", "groups_lost",
+    "groups_without_members", "groups_without_baseline", "tokens_sampled", "tokens_observed", "tokens_per_s",
 )  # fmt: skip
 
 

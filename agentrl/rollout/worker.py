@@ -15,13 +15,13 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any, Protocol
 
-from agentrl.errors import DeadlineExceeded, RolloutError
+from agentrl.errors import DeadlineExceeded, MembersLost, RolloutError
 from agentrl.protocols import TrajectorySink
 from agentrl.rollout.admission import admit, group_budget
 from agentrl.rollout.circuit import CircuitBreaker
 from agentrl.rollout.group import GroupPlan, RolloutFunction, possible_ids, run_group
 from agentrl.supervise import current_waits, deadline, waiting
-from agentrl.types import Episode, Task, Trajectory, group_id_of
+from agentrl.types import Episode, GroupClose, Task, Trajectory, group_id_of
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +134,7 @@ class RolloutWorker:
         self._rollout = rollout
         self._baseline = baseline
         self._plan = GroupPlan(size=group_size, min_group=min_group, timeout_s=group_timeout_s, attempts=attempts)
+        self._members_to_play = group_size + (baseline is not None)
         self._groups_per_step = groups_per_step
         self._max_staleness = max_staleness
         self._pipeline_depth = pipeline_depth
@@ -220,6 +221,7 @@ class RolloutWorker:
             "retried": self._counts["retried"],
             "groups_closed": self._counts["groups_closed"],
             "groups_again": self._counts["groups_again"],
+            "groups_lost": self._counts["groups_lost"],
             "groups_without_members": self._counts["groups_without_members"],
             "groups_without_baseline": self._counts["groups_without_baseline"],
             "tokens_sampled": self._counts["tokens_sampled"],
@@ -288,7 +290,7 @@ class RolloutWorker:
         dealt = await self._deal(room)
         for ordinal, round_ in dealt:
             self._counts["groups_again"] += round_ > 0
-            self._unfinished[ordinal] = self._plan.size + (self._baseline is not None)
+            self._unfinished[ordinal] = self._members_to_play
             task = groups.create_task(self._group(ordinal, round_), name=f"group {ordinal}")
             self._groups[ordinal] = task
             task.add_done_callback(lambda _, ordinal=ordinal: self._forget(ordinal))
@@ -301,7 +303,12 @@ class RolloutWorker:
             leased = await self._leases.claim(room, consumed_groups=self._progress.consumed_groups)
             self._next = max([self._next, *(ordinal + 1 for ordinal in leased)])
             return [(ordinal, round_) for ordinal, round_ in leased.items() if ordinal not in self._groups]
+        forgotten = await self._forgotten()  # before what was given back is read: a group that was given back is open, too
         given_back = await self._requeued() if self._requeued is not None else {}
+        if forgotten is not None and forgotten not in given_back:
+            logger.warning("group_again ordinal=%d: it was closed, and the stream's server lost that", forgotten)
+            self._counts["groups_lost"] += 1
+            given_back = {**given_back, forgotten: 0}
         # Lowest first, and before new ones: what waits longest is what the run's cursor stands at.
         again = [(ordinal, round_) for ordinal, round_ in sorted(given_back.items()) if ordinal not in self._groups][:room]
         ordinals = range(self._next, self._next + room - len(again))
@@ -310,6 +317,12 @@ class RolloutWorker:
         closed = await self._sink.is_closed(ordinals)
         self._next = max(self._next, ordinals.stop)
         return again + [(ordinal, 0) for ordinal in ordinals if ordinal not in closed]
+
+    async def _forgotten(self) -> int | None:
+        """The lowest group that is open on the stream although nobody plays it: a server that lost the end of its file."""
+        dealt, playing = self._next, set(self._groups)
+        ordinal = await self._sink.next_open_ordinal()
+        return ordinal if ordinal < dealt and ordinal not in playing else None
 
     def _forget(self, ordinal: int) -> None:
         if self._leases is not None:
@@ -338,26 +351,33 @@ class RolloutWorker:
 
     async def _group(self, ordinal: int, round_: int) -> None:
         task = self._task_at(ordinal)
-        already = await self._sink.present(possible_ids(group_id_of(task.id, ordinal, round_), self._plan))
 
         def member_ended() -> None:
             if ordinal in self._unfinished:
                 self._unfinished[ordinal] -= 1
             self._wake.set()
 
-        close = await run_group(
-            task,
-            ordinal,
-            plan=self._plan,
-            rollout=partial(self._timed, self._rollout),
-            baseline=None if self._baseline is None else partial(self._timed, self._baseline),
-            sink=self._sink,
-            permits=self._permits,
-            round_=round_,
-            already=already,
-            listener=self,
-            on_member_end=member_ended,
-        )
+        close: GroupClose | None = None
+        while close is None:
+            already = await self._sink.present(possible_ids(group_id_of(task.id, ordinal, round_), self._plan))
+            try:
+                close = await run_group(
+                    task,
+                    ordinal,
+                    plan=self._plan,
+                    rollout=partial(self._timed, self._rollout),
+                    baseline=None if self._baseline is None else partial(self._timed, self._baseline),
+                    sink=self._sink,
+                    permits=self._permits,
+                    round_=round_,
+                    already=already,
+                    listener=self,
+                    on_member_end=member_ended,
+                )
+            except MembersLost as error:
+                logger.warning("members_again ordinal=%d: %s", ordinal, error)
+                self._counts["groups_lost"] += 1
+                self._unfinished[ordinal] = self._members_to_play
         self._counts["groups_closed"] += 1
         self._counts["groups_without_members"] += not close.members
         if self._baseline is not None:

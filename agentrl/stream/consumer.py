@@ -16,7 +16,7 @@ What waits here: ``next_group``, up to the caller's timeout, for producers to cl
 import logging
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, cast
@@ -42,6 +42,8 @@ _FETCH_PAGE: Final = 16
 _COMMIT_ROWS: Final = 256
 """Entries removed by one script: long scripts stall every producer."""
 _FULL_RECENT_S: Final = 5.0
+_REMEMBERED_IDS: Final = 65_536
+"""Far more than a server without ``appendfsync always`` can lose: it forgets about the last two seconds."""
 
 TRAINED: Final = "trained"
 FILTERED: Final = "filtered"
@@ -112,6 +114,8 @@ class Counters:
     """Entries sent to the dead-letter stream."""
     superseded: int = 0
     """Trajectories whose group closed without them, or that came twice."""
+    returned_groups: int = 0
+    """Groups that came again after they were handed out: the server lost the end of its file. They are not handed out twice."""
     recovered: int = 0
     """Entries found in the pending list instead of being read as new."""
     outages: int = 0
@@ -158,6 +162,8 @@ class TrajectoryConsumer:
         self._handed: dict[str, _Assembled] = {}
         self._group_of: dict[str, str] = {}
         self._settled: list[_Row] = []
+        self._recent: OrderedDict[str, str] = OrderedDict()
+        """What was committed last, id -> outcome: a server that loses the end of its file gives it out again."""
         self._must_recover = True
         self._outage: Pauses | None = None
         self.counters = Counters()
@@ -435,10 +441,9 @@ class TrajectoryConsumer:
             self._bury(entry, f"poison: delivered {times_delivered} times, training on it raised each time")
         else:
             building = self._building.setdefault(entry.group_id, _Building())
-            if value.id in building.members:
-                building.repeated.append(entry)
-            else:
-                building.members[value.id] = (entry, value)
+            if value.id in building.members:  # the server lost the older one, or there could be no newer
+                building.repeated.append(building.members[value.id][0])
+            building.members[value.id] = (entry, value)
 
     def _bury(self, entry: _Entry, reason: str) -> None:
         log.warning("entry sent to the dead letters: entry=%s id=%s reason=%s", entry.entry_id, entry.id, reason)
@@ -470,13 +475,19 @@ class TrajectoryConsumer:
             self.counters.dead += 1
         present = {m: building.members.pop(m) for m in close.members if m in building.members}
         gone = {m: DEAD_LETTER for m in close.members if m not in present}
-        decided = {m for m in present if m in self._trained}
-        whole = close.id in self._trained or (bool(present) and len(decided) == len(present))
+        decided = {m for m in present if m in self._trained or m in self._recent}
+        whole = close.id in self._trained or close.id in self._recent or (bool(present) and len(decided) == len(present))
         rows = [_Row(entry, self._outcome(m)) for m, (entry, _) in present.items()]
         extras = [entry for entry, _ in building.members.values()] + building.repeated
         self.counters.superseded += len(extras)
         rows += [_Row(entry, SUPERSEDED) for entry in extras]
         rows.append(_Row(closing.entry, reason=closing.reason))
+        self.counters.returned_groups += close.id in self._recent or close.id in self._handed
+        if close.id in self._handed:
+            # The server lost the entries of a group in hand and the group was sampled again: the commit removes the new ones as well.
+            self._handed[close.id].rows += rows
+            self._group_of |= dict.fromkeys((row.entry.id for row in rows), close.id)
+            return
         if whole:
             rows[-1].outcome = _again(close, {row.entry.id: row.outcome for row in rows})
             self.counters.skipped_groups += 1
@@ -493,7 +504,9 @@ class TrajectoryConsumer:
         self._group_of |= {row.entry.id: close.id for row in rows} | {close.id: close.id}
 
     def _outcome(self, trajectory_id: str) -> str:
-        """How the restored checkpoint says this trajectory ended; overwritten by ``commit`` when it was handed out."""
+        """How this learner or the restored checkpoint decided on it; overwritten by ``commit`` when it was handed out."""
+        if trajectory_id in self._recent:
+            return self._recent[trajectory_id]
         if isinstance(self._trained, Mapping):
             outcomes = cast("Mapping[str, str]", self._trained)
             return outcomes.get(trajectory_id, FILTERED)
@@ -536,6 +549,9 @@ class TrajectoryConsumer:
             with self._lock:
                 for row in chunk:
                     self._window.pop(row.entry.entry_id, None)
+                    self._recent[row.entry.id] = row.outcome
+                while len(self._recent) > _REMEMBERED_IDS:
+                    self._recent.popitem(last=False)
 
     def _retry_fenced(self, script: Any, keys: list[str], args: list[Any], what: str) -> str:
         return retry(lambda: self._call_fenced(script, keys, args, what), what, patience_s=self._patience_s)

@@ -27,7 +27,7 @@ from typing import Any, Final, TypeVar, cast
 import redis.asyncio
 from redis.exceptions import OutOfMemoryError
 
-from agentrl.errors import StreamError
+from agentrl.errors import MembersLost, StreamError
 from agentrl.stream import scripts
 from agentrl.stream.codec import encode
 from agentrl.stream.connection import retry_async
@@ -121,7 +121,8 @@ class TrajectoryProducer:
 
         Raises:
             CodecError: the close is malformed (for example more members and failures than its size).
-            StreamError: a listed member was never put, or another group closed this ordinal.
+            MembersLost: the server knows nothing of a listed member.
+            StreamError: another group closed this ordinal.
         """
         payload = encode(close)
         reasons = [part for reason, count in Counter(close.failed.values()).items() for part in (reason, count)]
@@ -130,9 +131,9 @@ class TrajectoryProducer:
         answer = await self._call(lambda: self._close(keys=self._stream_keys(), args=args), f"closing {close.group_id}")
         status, *missing = [part.decode() for part in cast("list[bytes]", answer)]
         if status == "MISSING":
-            raise StreamError(
-                f"group {close.group_id} closes with {len(missing)} members that were never put (first: {missing[0]}): "
-                "await put_trajectory for every member before close_group, or list them as failed"
+            raise MembersLost(
+                f"group {close.group_id} closes with {len(missing)} members that the stream does not know (first: {missing[0]}): "
+                "the server lost them (run it with appendfsync always), or put_trajectory was not awaited for every member"
             )
         if status == "TAKEN":
             raise StreamError(
