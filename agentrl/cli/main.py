@@ -244,11 +244,18 @@ def audit(run: RunPath, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def ledger(run: RunPath, as_json: AsJson = False) -> None:
+def ledger(
+    run: RunPath,
+    step: Annotated[
+        int | None, typer.Option(help="Only what this step of the learner consumed, by the newest checkpoint.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """How every task ended, with sums that close."""
     from agentrl.assembly.audit import ledger_of
+    from agentrl.assembly.step_ledger import step_ledger
 
-    book = ledger_of(run)
+    book = ledger_of(run) if step is None else step_ledger(run, step)
     print(book.to_json() if as_json else book.table())
     raise typer.Exit(0 if book.closes else 1)
 

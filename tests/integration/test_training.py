@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from agentrl.assembly.audit import audit_run, ledger_of, newest_checkpoint
+from agentrl.assembly.step_ledger import step_ledger
 from agentrl.telemetry.run_dir import read_json, read_jsonl
 from agentrl.telemetry.trajectory_log import read_records
 
@@ -81,6 +82,8 @@ def test_killed_learner_engine_and_serve_neither_lose_nor_repeat_a_trajectory(
     assert [m["step"] for m in run.directory.read_metrics()] == list(range(1, steps + 1))
     report = audit_run(run.directory.root)
     assert report.clean, report.text()
+    differences = {step: step_ledger(run.directory.root, step).differences for step in range(1, steps + 1)}
+    assert not any(differences.values()), differences
     trained = [str(e["id"]) for e in read_jsonl(newest_checkpoint(run.directory) / "trained_ids.jsonl")]
     assert len(trained) == len(set(trained)) > 0
     ordinals = {
