@@ -30,8 +30,9 @@ from redis.exceptions import OutOfMemoryError
 from agentrl.errors import StreamError
 from agentrl.stream import scripts
 from agentrl.stream.codec import encode
-from agentrl.stream.connection import retry_async
+from agentrl.stream.connection import SOCKET_TIMEOUT_S, retry_async
 from agentrl.stream.keys import Keys
+from agentrl.stream.line import Line
 from agentrl.types import GroupClose, Trajectory
 
 log = logging.getLogger(__name__)
@@ -44,8 +45,8 @@ FULL_FIRST_S: Final = 0.002
 FULL_MAX_S: Final = 0.250
 _POLLS_PER_S: Final = 500
 """Cheap checks per second over all waiting puts of this producer: with many waiters each asks less often."""
-_SLOTS: Final = 8
-"""Concurrent commands. More connections do not write faster: the server handles one at a time."""
+_SLOTS: Final = 16
+"""Scripts in flight. More would only hold their payloads in memory: the server handles one at a time."""
 _CHUNK: Final = 512
 _OFFLOAD_TOKENS: Final = 65_536
 """Above this, encoding takes longer than a millisecond or two and moves to a thread."""
@@ -84,6 +85,8 @@ class TrajectoryProducer:
         self._patience_s = patience_s
         self._slots = asyncio.Semaphore(_SLOTS)
         self._waiting = 0
+        timeout_s = client.connection_pool.connection_kwargs.get("socket_timeout")
+        self._line = Line(client, timeout_s=SOCKET_TIMEOUT_S if timeout_s is None else timeout_s)
         self._put = self._client.register_script(scripts.PUT)
         self._room = self._client.register_script(scripts.ROOM)
         self._close = self._client.register_script(scripts.CLOSE)
@@ -126,7 +129,7 @@ class TrajectoryProducer:
         args = [self._keys.prefix, close.id, close.group_id, close.ordinal, close.size, payload, len(close.members)]
         args += [*close.members, *reasons]
         keys = self._stream_keys(close.group_id)
-        answer = await self._call(lambda: self._close(keys=keys, args=args), f"closing {close.group_id}")
+        answer = await self._call(lambda: self._run(self._close, keys, args), f"closing {close.group_id}")
         status, *missing = [part.decode() for part in cast("list[bytes]", answer)]
         if status == "MISSING":
             raise StreamError(
@@ -206,7 +209,7 @@ class TrajectoryProducer:
     async def _ask_room(self, t: Trajectory, size: int) -> str:
         keys = self._stream_keys(t.group_id)
         args = [self._keys.prefix, t.id, t.group_id, t.ordinal, self._max_items, self._max_bytes, size]
-        answer = await self._call(lambda: self._room(keys=keys, args=args), f"asking room for {t.id}")
+        answer = await self._call(lambda: self._run(self._room, keys, args), f"asking room for {t.id}")
         return cast("bytes", answer).decode()
 
     async def _try_put(self, t: Trajectory, payload: bytes) -> str:
@@ -214,13 +217,16 @@ class TrajectoryProducer:
         args = [self._keys.prefix, t.id, t.group_id, t.ordinal, self._max_items, self._max_bytes, side, payload]
         keys = [*self._stream_keys(t.group_id), self._keys.blob(t.id)]
         try:
-            answer = await self._call(lambda: self._put(keys=keys, args=args), f"putting {t.id}")
+            answer = await self._call(lambda: self._run(self._put, keys, args), f"putting {t.id}")
         except StreamError as error:
             if not isinstance(error.__cause__, OutOfMemoryError):
                 raise
             log.warning("Redis reached its maxmemory, waiting for the learner: id=%s", t.id)
             return "FULL"
         return cast("bytes", answer).decode()
+
+    async def _run(self, script: Any, keys: list[str], args: list[Any]) -> Any:
+        return await self._line.script(script.script, script.sha, keys, args)
 
     async def _call(self, call: Callable[[], Any], what: str) -> Any:
         async def once() -> Any:

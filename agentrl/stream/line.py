@@ -1,0 +1,153 @@
+"""One connection with many commands in flight.
+
+redis-py's client takes a connection out of its pool for each command and keeps it until the reply. A put then costs more for that
+than for encoding a trajectory, and every concurrent put is a connection of its own. Here commands are written as they come and
+replies are read in their order, so puts that wait for the same fsync share a read.
+
+No task runs in the background: of the calls that wait, one reads for all until its own reply is there, then the next. A call that is
+cancelled leaves its place in the order, and its reply is skipped.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import hiredis
+import redis.asyncio
+from redis.exceptions import NoScriptError, RedisError
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    """A command that was sent, and the task that waits for it."""
+
+    wake: asyncio.Future[None]
+    done: bool = False
+    answer: Any = None
+    """The reply, or the error to raise."""
+    is_abandoned: bool = False
+    """Cancelled: somebody else has to read past its reply."""
+
+    def rouse(self) -> None:
+        if not self.wake.done():
+            self.wake.set_result(None)
+
+    def end(self, answer: Any) -> None:
+        self.done, self.answer = True, answer
+        self.rouse()
+
+
+class Line:
+    """Connects at its first call, and again after any failure. Lives as long as the client, whose pool the connection is from.
+
+    Args:
+        client: from ``connect_async``.
+        timeout_s: seconds without a reply after which the connection is given up and all its calls fail.
+    """
+
+    def __init__(self, client: redis.asyncio.Redis, *, timeout_s: float) -> None:
+        self._pool: Any = client.connection_pool
+        self._timeout_s = timeout_s
+        self._connection: Any = None
+        self._connecting = asyncio.Lock()
+        self._calls: deque[_Call] = deque()
+        self._is_reading = False
+
+    async def script(self, text: str, sha: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
+        """The reply of a script, which is sent in full when the server does not know it."""
+        try:
+            return await self.call("EVALSHA", sha, len(keys), *keys, *args)
+        except NoScriptError:
+            return await self.call("EVAL", text, len(keys), *keys, *args)
+
+    async def call(self, *command: str | bytes | int | float) -> Any:
+        """The reply to one command.
+
+        Raises:
+            ResponseError: the server refused it.
+            redis.ConnectionError, redis.TimeoutError: the reply may be lost; whether the command ran is unknown.
+        """
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                answer = await self._answer_to(hiredis.pack_command(command))
+        except TimeoutError:
+            error = redis.TimeoutError(f"no reply for {self._timeout_s:g} s")
+            await self._give_up(self._connection, error)
+            raise error from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    async def _answer_to(self, packed: bytes) -> Any:
+        connection = self._connection
+        if connection is None or not connection.is_connected:
+            connection = await self._connect()
+        call = _Call(asyncio.get_running_loop().create_future())
+        # In one step, with nothing awaited between them: replies come in the order of the writes.
+        self._calls.append(call)
+        try:
+            try:
+                await connection.send_packed_command([packed], check_health=False)
+            except RedisError as error:
+                await self._give_up(connection, error)
+            while not call.done:
+                if self._is_reading:
+                    call.wake = asyncio.get_running_loop().create_future()
+                    await call.wake
+                else:
+                    await self._read_until(call, connection)
+        except BaseException:
+            call.is_abandoned = True
+            if not connection.is_connected:  # redis-py hangs up when a write is interrupted
+                await self._give_up(connection, redis.ConnectionError("a write was interrupted"))
+            self._rouse_a_reader()
+            raise
+        return call.answer
+
+    async def _read_until(self, call: _Call, connection: Any) -> None:
+        self._is_reading = True
+        try:
+            while not call.done:
+                try:
+                    answer = await connection.read_response(disconnect_on_error=False)
+                except redis.ConnectionError as error:
+                    await self._give_up(connection, error)
+                    return
+                except RedisError as error:
+                    answer = error
+                if connection is self._connection:
+                    self._calls.popleft().end(answer)
+        finally:
+            self._is_reading = False
+            self._rouse_a_reader()
+
+    def _rouse_a_reader(self) -> None:
+        if not self._is_reading:
+            waiting = next((c for c in self._calls if not c.is_abandoned), None)
+            if waiting is not None:
+                waiting.rouse()
+
+    async def _connect(self) -> Any:
+        async with self._connecting:
+            if self._connection is not None and not self._connection.is_connected:
+                await self._give_up(self._connection, redis.ConnectionError("the connection was closed"))
+            if self._connection is None:
+                connection = await self._pool.get_connection()
+                # With a timeout of its own it would write in another task, and the order of the writes would be lost.
+                connection.socket_timeout = None
+                self._connection = connection
+            return self._connection
+
+    async def _give_up(self, connection: Any, error: Exception) -> None:
+        """Fail everything that waits for this connection."""
+        if connection is None or connection is not self._connection:
+            return
+        self._connection = None
+        calls, self._calls = self._calls, deque()
+        for call in calls:
+            call.end(error)
+        connection.socket_timeout = self._timeout_s
+        await connection.disconnect(nowait=True)
+        await self._pool.release(connection)
