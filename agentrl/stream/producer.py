@@ -32,7 +32,7 @@ from agentrl.stream import scripts
 from agentrl.stream.codec import encode
 from agentrl.stream.connection import SOCKET_TIMEOUT_S, retry_async
 from agentrl.stream.keys import Keys
-from agentrl.stream.line import Line
+from agentrl.stream.lines import Lines
 from agentrl.types import GroupClose, Trajectory
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class TrajectoryProducer:
         self._slots = asyncio.Semaphore(_SLOTS)
         self._waiting = 0
         timeout_s = client.connection_pool.connection_kwargs.get("socket_timeout")
-        self._line = Line(client, timeout_s=SOCKET_TIMEOUT_S if timeout_s is None else timeout_s)
+        self._lines = Lines(client, timeout_s=SOCKET_TIMEOUT_S if timeout_s is None else timeout_s)
         self._put = self._client.register_script(scripts.PUT)
         self._room = self._client.register_script(scripts.ROOM)
         self._close = self._client.register_script(scripts.CLOSE)
@@ -226,7 +226,7 @@ class TrajectoryProducer:
         return cast("bytes", answer).decode()
 
     async def _run(self, script: Any, keys: list[str], args: list[Any]) -> Any:
-        return await self._line.script(script.script, script.sha, keys, args)
+        return await self._lines.script(script.script, script.sha, keys, args)
 
     async def _call(self, call: Callable[[], Any], what: str) -> Any:
         async def once() -> Any:

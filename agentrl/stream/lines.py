@@ -1,8 +1,8 @@
-"""One connection with many commands in flight.
+"""Connections with many commands in flight.
 
 redis-py's client takes a connection out of its pool for each command and keeps it until the reply. A put then costs more for that
-than for encoding a trajectory, and every concurrent put is a connection of its own. Here commands are written as they come and
-replies are read in their order, so puts that wait for the same fsync share a read.
+than for encoding a trajectory. Here commands are written as they come and replies are read in their order, so small puts that wait for
+the same fsync share writes and reads. What fills a socket's buffer goes to the next connection instead of waiting for its reader.
 
 No task runs in the background: of the calls that wait, one reads for all until its own reply is there, then the next. A call that is
 cancelled leaves its place in the order, and its reply is skipped.
@@ -12,11 +12,16 @@ import asyncio
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from operator import attrgetter
+from typing import Any, Final
 
 import hiredis
 import redis.asyncio
 from redis.exceptions import NoScriptError, RedisError
+
+_MAX_LINES: Final = 8
+_LINE_BYTES: Final = 128 << 10
+"""In flight on one connection: below what Linux buffers for a socket, so that a write needs no second turn of the event loop."""
 
 
 @dataclass(slots=True, eq=False)
@@ -39,43 +44,59 @@ class _Call:
         self.rouse()
 
 
-class Line:
-    """Connects at its first call, and again after any failure. Lives as long as the client, whose pool the connection is from.
+class Lines:
+    """Runs scripts over as few connections as hold what is in flight. They live as long as the client, whose pool they are from.
 
     Args:
         client: from ``connect_async``.
-        timeout_s: seconds without a reply after which the connection is given up and all its calls fail.
+        timeout_s: seconds without a reply after which a connection is given up and all its calls fail.
     """
 
     def __init__(self, client: redis.asyncio.Redis, *, timeout_s: float) -> None:
+        self._lines = [_Line(client, timeout_s) for _ in range(_MAX_LINES)]
+
+    async def script(self, text: str, sha: str, keys: Sequence[str], args: Sequence[str | bytes | int]) -> Any:
+        """The reply of a script, which is sent in full when the server does not know it.
+
+        Raises:
+            ResponseError: the server refused it.
+            redis.ConnectionError, redis.TimeoutError: the reply may be lost; whether it ran is unknown.
+        """
+        try:
+            return await self._call(hiredis.pack_command(("EVALSHA", sha, len(keys), *keys, *args)))
+        except NoScriptError:
+            return await self._call(hiredis.pack_command(("EVAL", text, len(keys), *keys, *args)))
+
+    async def _call(self, packed: bytes) -> Any:
+        has_room = (line for line in self._lines if not line.num_bytes or line.num_bytes + len(packed) <= _LINE_BYTES)
+        line = next(has_room, None) or min(self._lines, key=attrgetter("num_bytes"))
+        return await line.call(packed)
+
+
+class _Line:
+    """One connection, made at its first call and again after any failure."""
+
+    def __init__(self, client: redis.asyncio.Redis, timeout_s: float) -> None:
         self._pool: Any = client.connection_pool
         self._timeout_s = timeout_s
         self._connection: Any = None
         self._connecting = asyncio.Lock()
         self._calls: deque[_Call] = deque()
         self._is_reading = False
+        self.num_bytes = 0
+        """Of commands without a reply."""
 
-    async def script(self, text: str, sha: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
-        """The reply of a script, which is sent in full when the server does not know it."""
-        try:
-            return await self.call("EVALSHA", sha, len(keys), *keys, *args)
-        except NoScriptError:
-            return await self.call("EVAL", text, len(keys), *keys, *args)
-
-    async def call(self, *command: str | bytes | int | float) -> Any:
-        """The reply to one command.
-
-        Raises:
-            ResponseError: the server refused it.
-            redis.ConnectionError, redis.TimeoutError: the reply may be lost; whether the command ran is unknown.
-        """
+    async def call(self, packed: bytes) -> Any:
+        self.num_bytes += len(packed)
         try:
             async with asyncio.timeout(self._timeout_s):
-                answer = await self._answer_to(hiredis.pack_command(command))
+                answer = await self._answer_to(packed)
         except TimeoutError:
             error = redis.TimeoutError(f"no reply for {self._timeout_s:g} s")
             await self._give_up(self._connection, error)
             raise error from None
+        finally:
+            self.num_bytes -= len(packed)
         if isinstance(answer, Exception):
             raise answer
         return answer
