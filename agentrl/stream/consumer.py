@@ -34,7 +34,8 @@ from agentrl.types import AGAIN_MARK, REQUEUED, GroupClose, PolicyRecord, Trajec
 
 log = logging.getLogger(__name__)
 
-READ_COUNT: Final = 8
+READ_COUNT: Final = 32
+"""Entries of one read: what it costs apart from them, two round trips in effect, is that of decoding several."""
 BLOCK_S: Final = 0.5
 _PENDING_PAGE: Final = 256
 _FETCH_PAGE: Final = 16

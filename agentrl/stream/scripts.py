@@ -200,6 +200,7 @@ local function keep_payload(id)
     held = redis.call('HINCRBY', KEYS[3], 'dead_bytes', -tonumber(bytes))
   end
 end
+local entries, freed, ends = {{}}, 0, {{}}
 for i = 3, #ARGV, 7 do
   local entry, kind, id, outcome, reason = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 5], ARGV[i + 6]
   if reason ~= '' then
@@ -214,9 +215,8 @@ for i = 3, #ARGV, 7 do
       if not (kind == 'c' and was_closed(KEYS[5], id) or was_put(prefix, id)) then outcome, kind = '', 'foreign' end
     end
   end
-  redis.call('XACK', KEYS[2], 'learner', entry)
   if redis.call('XDEL', KEYS[2], entry) == 1 then
-    if kind ~= 'foreign' then redis.call('HINCRBY', KEYS[3], 'bytes', -tonumber(ARGV[i + 3])) end
+    if kind ~= 'foreign' then freed = freed + tonumber(ARGV[i + 3]) end
     if ARGV[i + 4] == '1' then redis.call('DEL', prefix .. 'blob:' .. id) end
     if kind == 'c' then
       redis.call('HINCRBY', KEYS[3], 'committed_groups', 1)
@@ -228,9 +228,14 @@ for i = 3, #ARGV, 7 do
         outcome = ''
       end
     end
-    if outcome ~= '' then redis.call('HINCRBY', KEYS[3], 'outcome:' .. outcome, 1) end
+    if outcome ~= '' then ends[outcome] = (ends[outcome] or 0) + 1 end
   end
+  entries[#entries + 1] = entry
 end
+-- Once for all: each call of a script costs the server as much as a command.
+redis.call('XACK', KEYS[2], 'learner', unpack(entries))
+for outcome, count in pairs(ends) do redis.call('HINCRBY', KEYS[3], 'outcome:' .. outcome, count) end
+if freed > 0 then redis.call('HINCRBY', KEYS[3], 'bytes', string.format('%.0f', -freed)) end
 return {{'OK', redis.call('HGET', KEYS[3], 'committed_groups') or '0'}}
 """
 )
