@@ -11,8 +11,7 @@ The rules that both directions apply are in ``codec.py``. What its layout cannot
 needs no check on the way in.
 """
 
-import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -23,6 +22,8 @@ from agentrl.types import Segment
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    Buffer = bytes | NDArray[Any]
 
 LAYOUT: Final = "ids:<u2|<u2u1|<i4 mask:bits logprobs:<f4/sampled versions:runs/sampled"
 LAYOUT_1: Final = "ids:<i4 mask:bits logprobs:<f4 versions:<i4"
@@ -35,7 +36,6 @@ _DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
     "logprobs": np.dtype(np.float32),
     "versions": np.dtype(np.int32),
 }
-_ONE_RUN: Final = struct.Struct("<Ii")
 _FEW_SPANS: Final = 64
 """Spans of sampled tokens up to which copying them one by one is faster than a boolean index."""
 
@@ -57,8 +57,8 @@ class SegmentHeader(msgspec.Struct, array_like=True, forbid_unknown_fields=True)
         )  # fmt: skip
 
 
-def write(segment: Segment) -> tuple[SegmentHeader, list[bytes]]:
-    """The segment's header and buffers.
+def write(segment: Segment) -> "tuple[SegmentHeader, list[Buffer]]":
+    """The segment's header and buffers, some of them views of its arrays.
 
     Raises:
         CodecError: its arrays break a rule.
@@ -68,21 +68,22 @@ def write(segment: Segment) -> tuple[SegmentHeader, list[bytes]]:
         if array.dtype != dtype or array.ndim != 1:
             raise CodecError(f"{name} has dtype {array.dtype} and shape {array.shape}; it must be {dtype} of shape [T]")
     mask = segment.mask
-    sampled, versions = segment.logprobs[mask], segment.versions[mask]
     _check_prompt(mask, segment.prompt_length)
+    spans = _spans(mask)
+    sampled = _pick(segment.logprobs, mask, spans)
+    lengths, versions = _runs(_pick(segment.versions, mask, spans))
     _check_sampled(sampled, versions)
     # Compared as bits, so that NaN and -0, which the reader could not restore, are no zeros.
     stray = int(np.count_nonzero(segment.logprobs.view(np.int32))) - int(np.count_nonzero(sampled.view(np.int32)))
     if stray:
         raise CodecError(f"{stray} tokens with mask 0 have a logprob other than 0")
-    stray = int(np.count_nonzero(segment.versions != -1)) - len(versions)
+    stray = int(np.count_nonzero(segment.versions != -1)) - len(sampled)
     if stray:
         raise CodecError(f"{stray} tokens with mask 0 have a version other than -1")
     id_bytes, ids = _write_ids(segment.ids)
-    num_versions, runs = _write_runs(versions)
-    header = SegmentHeader(len(mask), int(segment.prompt_length), id_bytes, len(sampled), num_versions)
-    bits = np.packbits(mask, bitorder="little").tobytes()
-    return header, [*ids, bits, sampled.astype("<f4", copy=False).tobytes(), *runs]
+    header = SegmentHeader(len(mask), int(segment.prompt_length), id_bytes, len(sampled), len(versions))
+    bits = np.packbits(mask, bitorder="little")
+    return header, [*ids, bits, sampled.astype("<f4", order="C", copy=False), lengths.astype("<u4"), versions.astype("<i4")]
 
 
 def read(header: SegmentHeader, buffers: memoryview, offset: int) -> Segment:
@@ -107,8 +108,9 @@ def read(header: SegmentHeader, buffers: memoryview, offset: int) -> Segment:
     if int(lengths.sum(dtype=np.int64)) != num_sampled:
         raise CodecError(f"the mask marks {num_sampled} tokens but versions of {int(lengths.sum(dtype=np.int64))} follow")
     _check_sampled(sampled, runs)
-    logprobs, versions = np.zeros(n, np.float32), np.full(n, -1, np.int32)
-    _spread(mask, [(sampled, logprobs), (runs if len(runs) == 1 else np.repeat(runs, lengths), versions)])
+    logprobs, versions, spans = np.zeros(n, np.float32), np.full(n, -1, np.int32), _spans(mask)
+    _spread(sampled, logprobs, mask, spans)
+    _spread(runs if len(runs) == 1 else np.repeat(runs, lengths), versions, mask, spans)
     return Segment(ids=ids, mask=mask, logprobs=logprobs, versions=versions, prompt_length=header.prompt_length)
 
 
@@ -137,16 +139,16 @@ def _mask_bytes(num_tokens: int) -> int:
     return (num_tokens + 7) // 8
 
 
-def _write_ids(ids: "NDArray[np.int32]") -> tuple[int, list[bytes]]:
+def _write_ids(ids: "NDArray[np.int32]") -> "tuple[int, list[Buffer]]":
     # Read without a sign, negative ids are the largest: one pass finds both ends.
     high = int(ids.view(np.uint32).max()) if len(ids) else 0
     if high >= 1 << 31:
         raise CodecError(f"token id {int(ids.min())} is negative")
     if high < 1 << 16:
-        return 2, [ids.astype("<u2").tobytes()]
+        return 2, [ids.astype("<u2")]
     if high < 1 << 24:
-        return 3, [ids.astype("<u2").tobytes(), (ids >> 16).astype(np.uint8).tobytes()]
-    return 4, [ids.astype("<i4", copy=False).tobytes()]
+        return 3, [ids.astype("<u2"), (ids >> 16).astype(np.uint8)]
+    return 4, [ids.astype("<i4", order="C", copy=False)]
 
 
 def _read_ids(header: SegmentHeader, buffers: memoryview, offset: int) -> "NDArray[np.int32]":
@@ -170,34 +172,52 @@ def _read_mask(buffers: memoryview, num_tokens: int, offset: int) -> "NDArray[np
     return np.unpackbits(bits, count=num_tokens, bitorder="little").view(np.bool_)
 
 
-def _write_runs(values: "NDArray[np.int32]") -> tuple[int, list[bytes]]:
-    if not len(values):
-        return 0, []
-    starts = [0, *_edges(values)]
-    if len(starts) == 1:
-        return 1, [_ONE_RUN.pack(len(values), int(values[0]))]
-    lengths = np.diff(starts, append=len(values))
-    return len(starts), [lengths.astype("<u4").tobytes(), values[starts].astype("<i4", copy=False).tobytes()]
-
-
 def _edges(values: "NDArray[Any]") -> list[int]:
     """Where a value differs from the one before it."""
     return ((values[1:] != values[:-1]).nonzero()[0] + 1).tolist()
 
 
-def _spread(mask: "NDArray[np.bool_]", pairs: "Sequence[tuple[NDArray[Any], NDArray[Any]]]") -> None:
-    """``into[mask] = sampled`` for each pair; one value stands for all."""
+def _runs(values: "NDArray[np.int32]") -> "tuple[NDArray[np.int64], NDArray[np.int32]]":
+    """Lengths and values."""
+    edges = _edges(values)
+    if not edges:
+        return np.array([len(values)][: len(values)]), values[:1]
+    starts = [0, *edges]
+    return np.diff(starts, append=len(values)), values[starts]
+
+
+def _spans(mask: "NDArray[np.bool_]") -> list[tuple[int, int]] | None:
+    """Where the mask is True, as (start, stop); None for so many spans that a boolean index is faster."""
     edges = _edges(mask)
     if len(edges) > 2 * _FEW_SPANS:
-        for sampled, into in pairs:
-            into[mask] = sampled
+        return None
+    if len(mask) and mask[0]:
+        edges.insert(0, 0)
+    if len(edges) % 2:
+        edges.append(len(mask))
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _pick(values: "NDArray[Any]", mask: "NDArray[np.bool_]", spans: list[tuple[int, int]] | None) -> "NDArray[Any]":
+    """``values[mask]``, without a copy where that is one span."""
+    if spans is None:
+        return values[mask]
+    if len(spans) == 1:
+        return values[slice(*spans[0])]
+    return np.concatenate([values[start:stop] for start, stop in spans] or [values[:0]])
+
+
+def _spread(
+    sampled: "NDArray[Any]", into: "NDArray[Any]", mask: "NDArray[np.bool_]", spans: list[tuple[int, int]] | None
+) -> None:
+    """``into[mask] = sampled``; one value stands for all."""
+    if spans is None:
+        into[mask] = sampled
         return
-    stops, done = [0, *edges, len(mask)], 0
-    for start, stop in zip(stops, stops[1:], strict=False):
-        if start < stop and mask[start]:
-            for sampled, into in pairs:
-                into[start:stop] = sampled if len(sampled) == 1 else sampled[done : done + stop - start]
-            done += stop - start
+    done = 0
+    for start, stop in spans:
+        into[start:stop] = sampled if len(sampled) == 1 else sampled[done : done + stop - start]
+        done += stop - start
 
 
 # -- rules ------------------------------------------------------------------------------------------------------------

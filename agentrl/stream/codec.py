@@ -126,7 +126,7 @@ def decode(data: bytes) -> Trajectory | GroupClose:
 # -- frame ------------------------------------------------------------------------------------------------------------
 
 
-def _pack(kind: int, header: bytes, buffers: Sequence[bytes]) -> bytes:
+def _pack(kind: int, header: bytes, buffers: "Sequence[arrays.Buffer]") -> bytes:
     raw = b"".join([_U32.pack(len(header)), header, *buffers])
     if len(raw) > MAX_RAW_BYTES:
         raise CodecError(f"entry of {len(raw)} bytes exceeds {MAX_RAW_BYTES}: lower the token limits of a rollout")
@@ -300,8 +300,9 @@ def _decode_trajectory(schema: int, header: memoryview, buffers: memoryview) -> 
 # -- segments ---------------------------------------------------------------------------------------------------------
 
 
-def _write_segments(t: Trajectory) -> tuple[list[arrays.SegmentHeader], list[bytes]]:
-    headers, buffers = list[arrays.SegmentHeader](), list[bytes]()
+def _write_segments(t: Trajectory) -> "tuple[list[arrays.SegmentHeader], list[arrays.Buffer]]":
+    headers: list[arrays.SegmentHeader] = []
+    buffers: list[arrays.Buffer] = []
     for index, segment in enumerate(t.segments):
         try:
             header, parts = arrays.write(segment)
