@@ -68,8 +68,8 @@ def write(segment: Segment) -> "tuple[SegmentHeader, list[Buffer]]":
         if array.dtype != dtype or array.ndim != 1:
             raise CodecError(f"{name} has dtype {array.dtype} and shape {array.shape}; it must be {dtype} of shape [T]")
     mask = segment.mask
-    _check_prompt(mask, segment.prompt_length)
     spans = _spans(mask)
+    _check_prompt(mask, spans, segment.prompt_length)
     sampled = _pick(segment.logprobs, mask, spans)
     lengths, versions = _runs(_pick(segment.versions, mask, spans))
     _check_sampled(sampled, versions)
@@ -96,7 +96,8 @@ def read(header: SegmentHeader, buffers: memoryview, offset: int) -> Segment:
     ids = _read_ids(header, buffers, offset)
     offset += header.id_bytes * n
     mask = _read_mask(buffers, n, offset)
-    _check_prompt(mask, header.prompt_length)
+    spans = _spans(mask)
+    _check_prompt(mask, spans, header.prompt_length)
     num_sampled = int(np.count_nonzero(mask))
     if num_sampled != header.num_sampled:
         raise CodecError(f"the mask marks {num_sampled} tokens but {header.num_sampled} logprobs follow")
@@ -108,7 +109,7 @@ def read(header: SegmentHeader, buffers: memoryview, offset: int) -> Segment:
     if int(lengths.sum(dtype=np.int64)) != num_sampled:
         raise CodecError(f"the mask marks {num_sampled} tokens but versions of {int(lengths.sum(dtype=np.int64))} follow")
     _check_sampled(sampled, runs)
-    logprobs, versions, spans = np.zeros(n, np.float32), np.full(n, -1, np.int32), _spans(mask)
+    logprobs, versions = np.zeros(n, np.float32), np.full(n, -1, np.int32)
     _spread(sampled, logprobs, mask, spans)
     _spread(runs if len(runs) == 1 else np.repeat(runs, lengths), versions, mask, spans)
     return Segment(ids=ids, mask=mask, logprobs=logprobs, versions=versions, prompt_length=header.prompt_length)
@@ -223,8 +224,8 @@ def _spread(
 # -- rules ------------------------------------------------------------------------------------------------------------
 
 
-def _check_prompt(mask: "NDArray[np.bool_]", prompt_length: int) -> None:
-    if mask[:prompt_length].any():
+def _check_prompt(mask: "NDArray[np.bool_]", spans: list[tuple[int, int]] | None, prompt_length: int) -> None:
+    if mask[:prompt_length].any() if spans is None else spans and spans[0][0] < prompt_length:
         raise CodecError(f"the mask marks a token of the {prompt_length}-token prompt as sampled")
 
 

@@ -5,7 +5,7 @@ An entry is a fixed prefix and a body::
     prefix  magic 4s | schema u16 | kind u8 | flags u8 | raw size u32 | stored size u32 | crc32 u32   (little-endian)
     body    header size u32 | msgpack header | the segments' arrays, laid out by ``arrays.py``
 
-The body is one zstd frame where that is smaller (flag bit 0). The checksum covers the prefix before it and the
+The body is one zstd frame where that is smaller by a sixteenth (flag bit 0). The checksum covers the prefix before it and the
 stored body, so a changed byte anywhere is found before anything is interpreted. Schema 1, which wrote the arrays of all tokens
 in full, is still read: what an older version left on a stream is trained.
 
@@ -46,6 +46,8 @@ _FLAG_ZSTD: Final = 1
 _ZSTD_LEVEL: Final = -5
 """Of zstd's fast levels. On arrays as ``arrays.py`` lays them out, level 1 takes four times as long for a sixth fewer bytes."""
 _MIN_COMPRESS_BYTES: Final = 256
+_WORTH_COMPRESSING: Final = 16
+"""Compressed only where that saves more than this part: reading it costs another copy."""
 _codecs = threading.local()
 
 
@@ -133,7 +135,7 @@ def _pack(kind: int, header: bytes, buffers: "Sequence[arrays.Buffer]") -> bytes
     stored, flags = raw, 0
     if len(raw) >= _MIN_COMPRESS_BYTES:
         compressed = _compressor().compress(raw)
-        if len(compressed) < len(raw):
+        if len(compressed) < len(raw) - len(raw) // _WORTH_COMPRESSING:
             stored, flags = compressed, _FLAG_ZSTD
     checked = _PREFIX.pack(MAGIC, SCHEMA, kind, flags, len(raw), len(stored), 0)[:_CHECKED]
     return b"".join([checked, _U32.pack(zlib.crc32(stored, zlib.crc32(checked))), stored])
