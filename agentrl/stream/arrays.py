@@ -23,8 +23,6 @@ from agentrl.types import Segment
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    Buffer = bytes | NDArray[Any]
-
 LAYOUT: Final = "ids:<u2|<u2u1|<i4 mask:bits logprobs:<f4/sampled versions:runs/sampled"
 LAYOUT_1: Final = "ids:<i4 mask:bits logprobs:<f4 versions:<i4"
 MAX_LOGPROB: Final = 1e-3
@@ -57,7 +55,7 @@ class SegmentHeader(msgspec.Struct, array_like=True, forbid_unknown_fields=True)
         )  # fmt: skip
 
 
-def write(segment: Segment) -> "tuple[SegmentHeader, list[Buffer]]":
+def write(segment: Segment) -> tuple[SegmentHeader, list[memoryview]]:
     """The segment's header and buffers, some of them views of its arrays.
 
     Raises:
@@ -83,7 +81,8 @@ def write(segment: Segment) -> "tuple[SegmentHeader, list[Buffer]]":
     id_bytes, ids = _write_ids(segment.ids)
     header = SegmentHeader(len(mask), int(segment.prompt_length), id_bytes, len(sampled), len(versions))
     bits = np.packbits(mask, bitorder="little")
-    return header, [*ids, bits, sampled.astype("<f4", order="C", copy=False), lengths.astype("<u4"), versions.astype("<i4")]
+    parts = [*ids, bits, sampled.astype("<f4", order="C", copy=False), lengths.astype("<u4"), versions.astype("<i4")]
+    return header, [part.data for part in parts]
 
 
 def read(header: SegmentHeader, buffers: memoryview, offset: int) -> Segment:
@@ -140,7 +139,7 @@ def _mask_bytes(num_tokens: int) -> int:
     return (num_tokens + 7) // 8
 
 
-def _write_ids(ids: "NDArray[np.int32]") -> "tuple[int, list[Buffer]]":
+def _write_ids(ids: "NDArray[np.int32]") -> "tuple[int, list[NDArray[Any]]]":
     # Read without a sign, negative ids are the largest: one pass finds both ends.
     high = int(ids.view(np.uint32).max()) if len(ids) else 0
     if high >= 1 << 31:

@@ -128,7 +128,7 @@ def decode(data: bytes) -> Trajectory | GroupClose:
 # -- frame ------------------------------------------------------------------------------------------------------------
 
 
-def _pack(kind: int, header: bytes, buffers: "Sequence[arrays.Buffer]") -> bytes:
+def _pack(kind: int, header: bytes, buffers: Sequence[memoryview]) -> bytes:
     raw = b"".join([_U32.pack(len(header)), header, *buffers])
     if len(raw) > MAX_RAW_BYTES:
         raise CodecError(f"entry of {len(raw)} bytes exceeds {MAX_RAW_BYTES}: lower the token limits of a rollout")
@@ -302,9 +302,9 @@ def _decode_trajectory(schema: int, header: memoryview, buffers: memoryview) -> 
 # -- segments ---------------------------------------------------------------------------------------------------------
 
 
-def _write_segments(t: Trajectory) -> "tuple[list[arrays.SegmentHeader], list[arrays.Buffer]]":
+def _write_segments(t: Trajectory) -> tuple[list[arrays.SegmentHeader], list[memoryview]]:
     headers: list[arrays.SegmentHeader] = []
-    buffers: list[arrays.Buffer] = []
+    buffers: list[memoryview] = []
     for index, segment in enumerate(t.segments):
         try:
             header, parts = arrays.write(segment)

@@ -63,9 +63,9 @@ class Lines:
             redis.ConnectionError, redis.TimeoutError: the reply may be lost; whether it ran is unknown.
         """
         try:
-            return await self._call(hiredis.pack_command(("EVALSHA", sha, len(keys), *keys, *args)))
+            return await self._call(_packed("EVALSHA", sha, len(keys), *keys, *args))
         except NoScriptError:
-            return await self._call(hiredis.pack_command(("EVAL", text, len(keys), *keys, *args)))
+            return await self._call(_packed("EVAL", text, len(keys), *keys, *args))
 
     async def _call(self, packed: bytes) -> Any:
         has_room = (line for line in self._lines if not line.num_bytes or line.num_bytes + len(packed) <= _LINE_BYTES)
@@ -88,12 +88,15 @@ class _Line:
 
     async def call(self, packed: bytes) -> Any:
         self.num_bytes += len(packed)
+        connection = self._connection
         try:
             async with asyncio.timeout(self._timeout_s):
-                answer = await self._answer_to(packed)
+                if connection is None or not connection.is_connected:
+                    connection = await self._connect()
+                answer = await self._answer_to(packed, connection)
         except TimeoutError:
             error = redis.TimeoutError(f"no reply for {self._timeout_s:g} s")
-            await self._give_up(self._connection, error)
+            await self._give_up(connection, error)
             raise error from None
         finally:
             self.num_bytes -= len(packed)
@@ -101,10 +104,7 @@ class _Line:
             raise answer
         return answer
 
-    async def _answer_to(self, packed: bytes) -> Any:
-        connection = self._connection
-        if connection is None or not connection.is_connected:
-            connection = await self._connect()
+    async def _answer_to(self, packed: bytes, connection: Any) -> Any:
         call = _Call(asyncio.get_running_loop().create_future())
         # In one step, with nothing awaited between them: replies come in the order of the writes.
         self._calls.append(call)
@@ -172,3 +172,7 @@ class _Line:
         connection.socket_timeout = self._timeout_s
         await connection.disconnect(nowait=True)
         await self._pool.release(connection)
+
+
+def _packed(*command: str | bytes | int) -> bytes:
+    return hiredis.pack_command(command)  # pyright: ignore[reportArgumentType]  # its stub has room for one

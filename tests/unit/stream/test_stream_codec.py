@@ -90,12 +90,12 @@ def test_digest_depends_on_exactly_what_is_trained() -> None:
     t = make_trajectory()
     assert content_digest(t) == content_digest(replace(t, reward=0.0, id="other", turns=()))
     segment = t.segments[0]
-    for arrays in (
+    for edits in (
         {"ids": changed(segment.ids, 3, 1)},
         {"logprobs": changed(segment.logprobs, 10, -9.0)},
         {"versions": changed(segment.versions, 10, 5)},
     ):
-        assert content_digest(with_arrays(t, **arrays)) != content_digest(t)
+        assert content_digest(with_arrays(t, **edits)) != content_digest(t)
     assert content_digest(replace(t, segments=t.segments * 2)) != content_digest(t)
     assert content_digest(t).startswith("sha256:")
     assert content_digest(t) == content_digest(decode(encode(t)))  # pyright: ignore[reportArgumentType]
@@ -172,7 +172,13 @@ def test_inconsistent_closes_are_refused(fields: dict[str, Any], message: str) -
 
 
 def frame(
-    raw: bytes, *, kind: int = 1, flags: int = 0, raw_size: int | None = None, stored: bytes | None = None, schema: int = codec.SCHEMA
+    raw: bytes,
+    *,
+    kind: int = 1,
+    flags: int = 0,
+    raw_size: int | None = None,
+    stored: bytes | None = None,
+    schema: int = codec.SCHEMA,
 ) -> bytes:
     """A frame whose checksum is right, so that what lies behind the checksum is reached."""
     stored = raw if stored is None else stored
