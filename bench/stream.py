@@ -5,17 +5,20 @@
 Each cell: both sides alternate on one embedded server, so that whatever else the machine does hits both. ``put`` is encode plus
 the idempotent script against XADD of the ready bytes; ``take`` is read, decode, assemble and the fenced commit against
 XREADGROUP, XACK and XDEL. ``--ray`` adds a Ray actor queue (`ray.util.queue.Queue`, the usual alternative: in memory, gone with its
-actor) with the same encoded bytes. The soak sends small trajectories through a bounded stream and watches the server's memory.
+actor) with the same encoded bytes. The soak sends small trajectories through a bounded stream and watches the memory of the server and its clients.
 """
 
 import argparse
 import asyncio
 import json
+import multiprocessing
+import os
 import resource
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +35,10 @@ from agentrl.types import Trajectory
 
 GROUP_SIZE = 8
 WRITERS = 8
+PRODUCERS = 2
+"""Processes that put in the soak."""
+COMMIT_GROUPS = 8
+"""Groups of the soak that one commit removes."""
 DURABILITY = {"off": ("no", "everysec"), "everysec": ("yes", "everysec"), "always": ("yes", "always")}
 
 
@@ -204,68 +211,106 @@ async def cell(url: str, num_tokens: int, seconds: float) -> tuple[Side, Side, i
     return mean(ours), mean(raw), size
 
 
-async def soak(url: str, count: int, limit_s: float) -> list[dict[str, float]]:
-    """Small trajectories through a stream of at most 256 entries, producer and consumer at once; the server's memory on the way.
+def soak_group(template: Sequence[Trajectory], ordinal: int) -> list[Trajectory]:
+    """Group ``ordinal``, with the arrays of the template: making up tokens would cost more than putting them."""
+    group_id = f"{template[0].task_id}/{ordinal}"
+    return [replace(t, id=f"{group_id}/{t.sample_index}/{t.attempt}", group_id=group_id, ordinal=ordinal) for t in template]
 
-    Ends after ``limit_s`` seconds with what went through by then. ``ids_mib`` is the memory of ids (7 days of them), which grows by
-    design; everything else should not.
-    """
-    keys, client, rows = Keys("soak"), connect_async(url), list[dict[str, float]]()
-    producer = TrajectoryProducer(client, keys, max_items=256)
-    num_groups = count // GROUP_SIZE
-    template = [make_trajectory(0, i, num_tokens=64) for i in range(GROUP_SIZE)]
 
-    async def produce(first: int) -> None:
-        for ordinal in range(first, num_groups, WRITERS):
-            if time.perf_counter() > ends:
-                break
-            group = [make_trajectory(ordinal, i, num_tokens=64) for i in range(len(template))]
-            for member in group:
-                await producer.put_trajectory(member)
-            await producer.close_group(make_close(group))
+def produce(url: str, producer: int, num_groups: int, ends: float) -> None:
+    """One producer process of the soak: every ``PRODUCERS``-th group, by ``WRITERS`` tasks."""
 
-    def consume() -> None:
-        with connect(url) as sync:
-            untyped: Any = sync
-            consumer = TrajectoryConsumer(sync, keys)
-            consumer.acquire()
-            for number in range(num_groups):
-                group = consumer.next_group(30.0 if time.perf_counter() < ends else 3.0)
-                if group is None:
-                    assert time.perf_counter() > ends
+    async def run() -> None:
+        client = connect_async(url)
+        sink = TrajectoryProducer(client, Keys("soak"), max_items=256)
+        template = [make_trajectory(0, i, num_tokens=64) for i in range(GROUP_SIZE)]
+        ordinals = iter(range(producer, num_groups, PRODUCERS))
+
+        async def write() -> None:
+            for ordinal in ordinals:
+                if time.time() > ends:
                     break
-                consumer.commit([group.close.id], outcomes={})
-                if time.perf_counter() > next_row[0] or number == num_groups - 1:
-                    next_row[0] = time.perf_counter() + limit_s / 10
-                    stream, ids = untyped.memory_usage(keys.traj), untyped.memory_usage(keys.dedupe)
-                    used = untyped.info("memory")["used_memory"]
-                    done = (number + 1) * GROUP_SIZE
-                    resident = untyped.info("memory")["used_memory_rss"]
-                    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-                    rows.append(
-                        {
-                            "trajectories": done,
-                            "rss_mib": resident / 2**20,
-                            "own_rss_mib": own,
-                            "stream_kib": stream / 1024,
-                            "ids_mib": ids / 2**20,
-                            "used_mib": used / 2**20,
-                        }
-                    )
-            book = read_ledger(sync, keys)
-            assert book.closes
-            trained.append(book.trained)
+                group = soak_group(template, ordinal)
+                for member in group:
+                    await sink.put_trajectory(member)
+                if ordinal % 10 == 0:  # a retry whose first reply was lost, before and after the close
+                    await sink.put_trajectory(group[0])
+                await sink.close_group(make_close(group))
+                if ordinal % 10 == 0:
+                    await sink.put_trajectory(group[1])
 
-    trained: list[int] = []
-    began = time.perf_counter()
-    ends, next_row = began + limit_s, [began]
-    async with asyncio.TaskGroup() as group:
-        group.create_task(asyncio.to_thread(consume))
-        for writer in range(WRITERS):
-            group.create_task(produce(writer))
-    await client.aclose()
-    rows.append(
-        {"trajectories": trained[0], "seconds": time.perf_counter() - began, "per_s": trained[0] / (time.perf_counter() - began)}
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(WRITERS):
+                tasks.create_task(write())
+        await client.aclose()
+
+    asyncio.run(run())
+
+
+def rss_mib(pid: int) -> float:
+    """Resident memory of a process now; 0 when it ended."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+    except OSError:
+        return 0.0
+
+
+def soak(url: str, count: int, limit_s: float) -> list[dict[str, float]]:
+    """Small trajectories through a stream of at most 256 entries: producer processes, one consumer; everybody's memory on the way.
+
+    Ends after ``limit_s`` seconds with what went through by then. Of each tenth group two puts are repeated, one of them after
+    the close.
+    """
+    keys, rows, num_groups = Keys("soak"), list[dict[str, float]](), count // GROUP_SIZE
+    began, ends = time.perf_counter(), time.time() + limit_s
+    context = multiprocessing.get_context("spawn")
+    producers = [context.Process(target=produce, args=(url, n, num_groups, ends)) for n in range(PRODUCERS)]
+    for process in producers:
+        process.start()
+    with connect(url) as client:
+        untyped: Any = client
+
+        def sample(done: int) -> None:
+            memory = untyped.info("memory")
+            ids = [keys.put_map(name.decode()) for name in untyped.smembers(keys.put)]
+            rows.append(
+                {
+                    "seconds": time.perf_counter() - began,
+                    "trajectories": done,
+                    "server_rss_mib": memory["used_memory_rss"] / 2**20,
+                    "server_used_mib": memory["used_memory"] / 2**20,
+                    "stream_kib": (untyped.memory_usage(keys.traj) or 0) / 1024,
+                    "ids_kib": sum(untyped.memory_usage(key) or 0 for key in ids) / 1024,
+                    "consumer_rss_mib": rss_mib(os.getpid()),
+                    "producers_rss_mib": max(rss_mib(p.pid or 0) for p in producers),
+                }
+            )
+            print("soak  " + "  ".join(f"{name} {value:,.1f}" for name, value in rows[-1].items()), flush=True)
+
+        consumer = TrajectoryConsumer(client, keys)
+        consumer.acquire()
+        held, next_row = list[str](), 0.0
+        for number in range(num_groups):
+            group = consumer.next_group(60.0 if time.time() < ends else 5.0)
+            if group is None:
+                assert time.time() > ends, "no group came for a minute"
+                break
+            held.append(group.close.id)
+            if len(held) == COMMIT_GROUPS or number == num_groups - 1:
+                consumer.commit(held, outcomes={})
+                held.clear()
+            if time.perf_counter() - began > next_row:
+                next_row += limit_s / 20
+                sample((number + 1) * GROUP_SIZE)
+        consumer.commit(held, outcomes={})
+        for process in producers:
+            process.join()
+        book = read_ledger(client, keys)
+        sample(book.trained)
+        assert book.closes, book.table()
+        assert (book.superseded, book.waiting) == (0, 0), book.table()
+    print(
+        f"soak  {book.trained:,} in {rows[-1]['seconds']:,.0f} s: {book.trained / rows[-1]['seconds']:,.0f}/s; the ledger closes"
     )
     return rows
 
@@ -315,10 +360,7 @@ def main() -> None:
             if args.soak:
                 with connect(url) as client:
                     client.flushall()
-                rows = asyncio.run(soak(url, args.soak, args.soak_seconds))
-                for row in rows:
-                    print("soak  " + "  ".join(f"{name} {value:,.1f}" for name, value in row.items()))
-                results += [{"soak": row} for row in rows]
+                results += [{"soak": row} for row in soak(url, args.soak, args.soak_seconds)]
         finally:
             server.stop()
     if args.json:

@@ -19,6 +19,7 @@ from agentrl.stream.connection import connect
 from agentrl.stream.dead_letters import original_id
 from agentrl.stream.keys import Keys
 from agentrl.stream.ledger import Books, Ledger, read_books, read_ledger
+from agentrl.stream.put_ids import put_name
 from agentrl.stream.server import EmbeddedServer
 from agentrl.telemetry.run_dir import RunDir, read_jsonl
 from agentrl.telemetry.trajectory_log import from_record, read_records
@@ -260,7 +261,7 @@ def _acknowledged(books: Books, config: Config, trained: list[_Trained], decided
     acked = Check("acknowledged outcomes equal the checkpoint's (I3)")
     lineage = {entry.id: "trained" for entry in trained}
     lineage |= {name: outcome for name, outcome in decided.items() if outcome in ("filtered", "stale", REQUEUED)}
-    left = Counter(outcome for name, outcome in lineage.items() if name in books.known and name not in on_stream)
+    left = Counter(outcome for name, outcome in lineage.items() if put_name(name) in books.put and name not in on_stream)
     acknowledged = {
         "trained": book.trained,
         "filtered": book.filtered,
@@ -273,10 +274,9 @@ def _acknowledged(books: Books, config: Config, trained: list[_Trained], decided
             f"the stream acknowledged {seen} {outcome}; of the checkpoint's, {left[outcome]} were put and have left it",
         )
     lost = Check("every trajectory put is decided in the checkpoint or still on the stream (I3)")
-    put = {name for name in books.known if not name.endswith("/close")}
-    gone = sorted(put - on_stream - set(decided) - set(lineage))
+    gone = sorted(books.put - {put_name(name) for name in (*on_stream, *decided, *lineage)})
     explained = book.superseded + book.failed.get("dead_letter", 0)
-    lost.checked = len(put)
+    lost.checked = len(books.put)
     if len(gone) > explained:
         lost.breaches = [f"{name} was put, and is neither decided nor on the stream" for name in gone]
     return [closes, once, acked, lost]

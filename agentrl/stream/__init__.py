@@ -4,6 +4,7 @@
     keys.py         every Redis key: what it holds, who writes it, who trims it
     server.py       find, start, attach to and check the server; clients that never retry by themselves
     scripts.py      the Lua that makes each step of an entry's life atomic
+    put_ids.py      which ids were ever put: one by one while their group is open, a bit each afterwards
     producer.py     PUT: idempotent by trajectory id, bounded, never drops
     consumer.py     read, assemble groups, COMMIT behind a checkpoint, fenced by the run epoch
     policy.py       the policy record and the progress that admission reads

@@ -3,13 +3,14 @@
 An entry is a fixed prefix and a body::
 
     prefix  magic 4s | schema u16 | kind u8 | flags u8 | raw size u32 | stored size u32 | crc32 u32   (little-endian)
-    body    header size u32 | msgpack header | per segment: ids <i4, mask bits, logprobs <f4, versions <i4
+    body    header size u32 | msgpack header | the segments' arrays, laid out by ``arrays.py``
 
-The body is one zstd frame where that is smaller (flag bit 0). The checksum covers the prefix before it and the
-stored body, so a changed byte anywhere is found before anything is interpreted.
+The body is one zstd frame where that is smaller by a sixteenth (flag bit 0). The checksum covers the prefix before it and the
+stored body, so a changed byte anywhere is found before anything is interpreted. Schema 1, which wrote the arrays of all tokens
+in full, is still read: what an older version left on a stream is trained.
 
 Both directions apply the same rules, so what cannot be decoded cannot be put on the stream: a token that the policy
-sampled (mask True) has a finite logprob <= ``MAX_LOGPROB`` and a version >= 0; every other token has logprob 0 and
+sampled (mask True) has a finite logprob <= ``MAX_LOGPROB`` and a version >= 0; every other token has logprob +0 and
 version -1; the prompt holds no sampled token; rewards are finite; turns lie inside their segment.
 """
 
@@ -17,27 +18,23 @@ import math
 import struct
 import threading
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import msgspec
-import numpy as np
 import zstandard
 
 from agentrl.errors import CodecError
+from agentrl.stream import arrays
 from agentrl.types import GroupClose, Segment, Trajectory, Turn
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-SCHEMA: Final = 1
-"""Number of the layout above. A reader refuses any other."""
+SCHEMA: Final = 2
+"""Number of the layout above. A reader refuses any that is not in ``READABLE``."""
+READABLE: Final = (1, SCHEMA)
 MAGIC: Final = b"ARLE"
 MAX_RAW_BYTES: Final = 256 << 20
 """Largest body before compression, about 20 M tokens: what a hostile frame can make a reader allocate."""
-MAX_LOGPROB: Final = 1e-3
-"""A logprob is <= 0 up to rounding: engines that normalise in bfloat16 overshoot by less than this."""
 
 _PREFIX: Final = struct.Struct("<4sHBBIII")
 _CHECKED: Final = _PREFIX.size - 4
@@ -46,15 +43,12 @@ _U32: Final = struct.Struct("<I")
 _KIND_TRAJECTORY: Final = 1
 _KIND_CLOSE: Final = 2
 _FLAG_ZSTD: Final = 1
-_LAYOUT: Final = "ids:<i4 mask:bits logprobs:<f4 versions:<i4"
-_ZSTD_LEVEL: Final = 1
+_ZSTD_LEVEL: Final = -5
+"""Of zstd's fast levels. On arrays as ``arrays.py`` lays them out, level 1 takes four times as long for a sixth fewer bytes."""
 _MIN_COMPRESS_BYTES: Final = 256
+_WORTH_COMPRESSING: Final = 16
+"""Compressed only where that saves more than this part: reading it costs another copy."""
 _codecs = threading.local()
-
-
-class _SegmentHeader(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
-    num_tokens: int
-    prompt_length: int
 
 
 class _TrajectoryHeader(msgspec.Struct, forbid_unknown_fields=True):
@@ -69,7 +63,7 @@ class _TrajectoryHeader(msgspec.Struct, forbid_unknown_fields=True):
     data_source: str
     split: str
     layout: str
-    segments: list[_SegmentHeader]
+    segments: list[arrays.SegmentHeader]
     reward: float
     reward_terms: dict[str, float]
     turn_rewards: list[tuple[int, int, float]]
@@ -104,11 +98,12 @@ def encode(entry: Trajectory | GroupClose) -> bytes:
         _check_close(entry)
         return _pack(_KIND_CLOSE, _encode_header(_close_header(entry)), [])
     _check_trajectory(entry)
+    segments, buffers = _write_segments(entry)
     try:
-        header = _encode_header(_trajectory_header(entry))
+        header = _encode_header(_trajectory_header(entry, segments))
     except UnicodeEncodeError:
-        header = _encode_header(_trajectory_header(replace(entry, turns=tuple(_printable(t) for t in entry.turns))))
-    return _pack(_KIND_TRAJECTORY, header, [buffer for s in entry.segments for buffer in _segment_buffers(s)])
+        header = _encode_header(_trajectory_header(replace(entry, turns=tuple(_printable(t) for t in entry.turns)), segments))
+    return _pack(_KIND_TRAJECTORY, header, buffers)
 
 
 def decode(data: bytes) -> Trajectory | GroupClose:
@@ -117,7 +112,7 @@ def decode(data: bytes) -> Trajectory | GroupClose:
     Raises:
         CodecError: the bytes are not an entry of schema ``SCHEMA``; the message says what is wrong.
     """
-    kind, body = _unpack(data)
+    schema, kind, body = _unpack(data)
     if len(body) < _U32.size:
         raise CodecError(f"body holds {len(body)} bytes, too few for its header size: the entry is truncated")
     (header_size,) = _U32.unpack_from(body)
@@ -127,35 +122,35 @@ def decode(data: bytes) -> Trajectory | GroupClose:
     header, buffers = body[_U32.size : start], body[start:]
     if kind == _KIND_CLOSE:
         return _decode_close(header, buffers)
-    return _decode_trajectory(header, buffers)
+    return _decode_trajectory(schema, header, buffers)
 
 
 # -- frame ------------------------------------------------------------------------------------------------------------
 
 
-def _pack(kind: int, header: bytes, buffers: Sequence[bytes]) -> bytes:
+def _pack(kind: int, header: bytes, buffers: Sequence[memoryview]) -> bytes:
     raw = b"".join([_U32.pack(len(header)), header, *buffers])
     if len(raw) > MAX_RAW_BYTES:
         raise CodecError(f"entry of {len(raw)} bytes exceeds {MAX_RAW_BYTES}: lower the token limits of a rollout")
     stored, flags = raw, 0
     if len(raw) >= _MIN_COMPRESS_BYTES:
         compressed = _compressor().compress(raw)
-        if len(compressed) < len(raw):
+        if len(compressed) < len(raw) - len(raw) // _WORTH_COMPRESSING:
             stored, flags = compressed, _FLAG_ZSTD
     checked = _PREFIX.pack(MAGIC, SCHEMA, kind, flags, len(raw), len(stored), 0)[:_CHECKED]
     return b"".join([checked, _U32.pack(zlib.crc32(stored, zlib.crc32(checked))), stored])
 
 
-def _unpack(data: bytes) -> tuple[int, bytes]:
-    """The kind and the decompressed body of a frame whose every byte was checked."""
+def _unpack(data: bytes) -> tuple[int, int, memoryview]:
+    """The schema, the kind and the decompressed body of a frame whose every byte was checked."""
     if len(data) < _PREFIX.size:
         raise CodecError(f"entry holds {len(data)} bytes, fewer than its {_PREFIX.size}-byte prefix: truncated")
     magic, schema, kind, flags, raw_size, stored_size, crc = _PREFIX.unpack_from(data)
     if magic != MAGIC:
         raise CodecError(f"magic is {magic!r}, not {MAGIC!r}: these bytes are not an agentrl entry")
-    if schema != SCHEMA:
-        raise CodecError(f"schema is {schema} but this build reads {SCHEMA}: run serve and learn from one version")
-    stored = data[_PREFIX.size :]
+    if schema not in READABLE:
+        raise CodecError(f"schema is {schema} but this build reads {READABLE}: run serve and learn from one version")
+    stored = memoryview(data)[_PREFIX.size :]
     if len(stored) != stored_size:
         raise CodecError(f"body holds {len(stored)} bytes but the prefix claims {stored_size}: wrong length")
     actual = zlib.crc32(stored, zlib.crc32(data[:_CHECKED]))
@@ -164,16 +159,16 @@ def _unpack(data: bytes) -> tuple[int, bytes]:
     if kind not in (_KIND_TRAJECTORY, _KIND_CLOSE):
         raise CodecError(f"kind {kind} is neither a trajectory (1) nor a group close (2)")
     if flags & ~_FLAG_ZSTD:
-        raise CodecError(f"flags {flags:#04x} are unknown to schema {SCHEMA}")
+        raise CodecError(f"flags {flags:#04x} are unknown to schema {schema}")
     if raw_size > MAX_RAW_BYTES:
         raise CodecError(f"body claims {raw_size} bytes uncompressed; the bound is {MAX_RAW_BYTES}: refused unread")
-    raw = _decompress(stored, raw_size) if flags & _FLAG_ZSTD else stored
+    raw = memoryview(_decompress(stored, raw_size)) if flags & _FLAG_ZSTD else stored
     if len(raw) != raw_size:
         raise CodecError(f"body holds {len(raw)} bytes uncompressed but the prefix claims {raw_size}: wrong length")
-    return kind, raw
+    return schema, kind, raw
 
 
-def _decompress(stored: bytes, raw_size: int) -> bytes:
+def _decompress(stored: memoryview, raw_size: int) -> bytes:
     # zstandard trusts the size inside the frame over max_output_size, so that one is compared before allocating.
     try:
         claimed = zstandard.get_frame_parameters(stored).content_size
@@ -207,7 +202,7 @@ def _encode_header(header: _TrajectoryHeader | _CloseHeader) -> bytes:
         raise CodecError(f"a field has a type that cannot be written: {error}") from error
 
 
-def _trajectory_header(t: Trajectory) -> _TrajectoryHeader:
+def _trajectory_header(t: Trajectory, segments: list[arrays.SegmentHeader]) -> _TrajectoryHeader:
     return _TrajectoryHeader(
         id=t.id,
         task_id=t.task_id,
@@ -219,8 +214,8 @@ def _trajectory_header(t: Trajectory) -> _TrajectoryHeader:
         agent=t.agent,
         data_source=t.data_source,
         split=t.split,
-        layout=_LAYOUT,
-        segments=[_SegmentHeader(len(s.ids), int(s.prompt_length)) for s in t.segments],
+        layout=arrays.LAYOUT,
+        segments=segments,
         reward=float(t.reward),
         reward_terms={name: float(value) for name, value in t.reward_terms.items()},
         turn_rewards=[(int(segment), int(token), float(value)) for segment, token, value in t.turn_rewards],
@@ -252,7 +247,7 @@ def _printable(turn: Turn) -> Turn:
     return replace(turn, text=clean(turn.text), arguments=clean(turn.arguments), name=clean(turn.name))
 
 
-def _decode_close(header: bytes, buffers: bytes) -> GroupClose:
+def _decode_close(header: memoryview, buffers: memoryview) -> GroupClose:
     try:
         parsed = _close_decoder.decode(header)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -272,13 +267,14 @@ def _decode_close(header: bytes, buffers: bytes) -> GroupClose:
     return close
 
 
-def _decode_trajectory(header: bytes, buffers: bytes) -> Trajectory:
+def _decode_trajectory(schema: int, header: memoryview, buffers: memoryview) -> Trajectory:
     try:
         parsed = _trajectory_decoder.decode(header)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise CodecError(f"trajectory header is malformed: {error}") from error
-    if parsed.layout != _LAYOUT:
-        raise CodecError(f"arrays have dtypes {parsed.layout!r}; schema {SCHEMA} has {_LAYOUT!r}")
+    layout = arrays.LAYOUT_1 if schema == 1 else arrays.LAYOUT
+    if parsed.layout != layout:
+        raise CodecError(f"arrays have dtypes {parsed.layout!r}; schema {schema} has {layout!r}")
     trajectory = Trajectory(
         id=parsed.id,
         task_id=parsed.task_id,
@@ -290,7 +286,7 @@ def _decode_trajectory(header: bytes, buffers: bytes) -> Trajectory:
         agent=parsed.agent,
         data_source=parsed.data_source,
         split=parsed.split,
-        segments=_read_segments(parsed.segments, buffers),
+        segments=_read_segments(schema, parsed.segments, buffers),
         reward=parsed.reward,
         reward_terms=parsed.reward_terms,
         turn_rewards=tuple(parsed.turn_rewards),
@@ -303,48 +299,38 @@ def _decode_trajectory(header: bytes, buffers: bytes) -> Trajectory:
     return trajectory
 
 
-# -- arrays -----------------------------------------------------------------------------------------------------------
+# -- segments ---------------------------------------------------------------------------------------------------------
 
 
-def _segment_size(num_tokens: int) -> int:
-    return 12 * num_tokens + (num_tokens + 7) // 8
+def _write_segments(t: Trajectory) -> tuple[list[arrays.SegmentHeader], list[memoryview]]:
+    headers: list[arrays.SegmentHeader] = []
+    buffers: list[memoryview] = []
+    for index, segment in enumerate(t.segments):
+        try:
+            header, parts = arrays.write(segment)
+        except CodecError as error:
+            raise CodecError(f"trajectory {t.id!r}, segment {index}: {error}") from error
+        headers.append(header)
+        buffers += parts
+    return headers, buffers
 
 
-def _segment_buffers(segment: Segment) -> list[bytes]:
-    return [
-        segment.ids.astype("<i4", copy=False).tobytes(),
-        np.packbits(segment.mask, bitorder="little").tobytes(),
-        segment.logprobs.astype("<f4", copy=False).tobytes(),
-        segment.versions.astype("<i4", copy=False).tobytes(),
-    ]
-
-
-def _read_segments(headers: Sequence[_SegmentHeader], buffers: bytes) -> tuple[Segment, ...]:
+def _read_segments(schema: int, headers: Sequence[arrays.SegmentHeader], buffers: memoryview) -> tuple[Segment, ...]:
     for index, header in enumerate(headers):
         if not 0 <= header.prompt_length <= header.num_tokens:
             raise CodecError(f"segment {index} has prompt_length={header.prompt_length} outside its {header.num_tokens} tokens")
-    expected = sum(_segment_size(h.num_tokens) for h in headers)
-    if expected != len(buffers):
-        raise CodecError(f"segments need {expected} bytes of arrays but the body holds {len(buffers)}: wrong length")
-    segments: list[Segment] = []
-    offset = 0
-    for index, header in enumerate(headers):
-        n = header.num_tokens
-        mask_at, logprobs_at = offset + 4 * n, offset + 4 * n + (n + 7) // 8
-        versions_at = logprobs_at + 4 * n
-        bits = np.unpackbits(np.frombuffer(buffers, np.uint8, (n + 7) // 8, mask_at), bitorder="little")
-        if bits[n:].any():
-            raise CodecError(f"segment {index}: the mask has bits set past its {n} tokens")
-        segments.append(
-            Segment(
-                ids=np.frombuffer(buffers, "<i4", n, offset).astype(np.int32),
-                mask=bits[:n].astype(np.bool_),
-                logprobs=np.frombuffer(buffers, "<f4", n, logprobs_at).astype(np.float32),
-                versions=np.frombuffer(buffers, "<i4", n, versions_at).astype(np.int32),
-                prompt_length=header.prompt_length,
-            )
-        )
-        offset = versions_at + 4 * n
+        if schema != 1 and not (header.id_bytes in (2, 3, 4) and min(header.num_sampled, header.num_versions) >= 0):
+            raise CodecError(f"segment {index} has sizes that no writer gives it: {header}")
+    sizes = [arrays.num_bytes_1(h) if schema == 1 else h.num_bytes for h in headers]
+    if sum(sizes) != len(buffers):
+        raise CodecError(f"segments need {sum(sizes)} bytes of arrays but the body holds {len(buffers)}: wrong length")
+    segments, offset = list[Segment](), 0
+    for index, (header, size) in enumerate(zip(headers, sizes, strict=True)):
+        try:
+            segments.append((arrays.read_1 if schema == 1 else arrays.read)(header, buffers, offset))
+        except CodecError as error:
+            raise CodecError(f"segment {index}: {error}") from error
+        offset += size
     return tuple(segments)
 
 
@@ -364,11 +350,6 @@ def _check_trajectory(t: Trajectory) -> None:
         _check_finite(t.id, f"reward_terms[{name!r}]", value)
     if not t.segments:
         raise CodecError(f"trajectory {t.id!r} has no segment: list it as failed in its group's close instead")
-    for index, segment in enumerate(t.segments):
-        try:
-            _check_segment(segment)
-        except CodecError as error:
-            raise CodecError(f"trajectory {t.id!r}, segment {index}: {error}") from error
     _check_spans(t)
 
 
@@ -390,38 +371,6 @@ def _check_spans(t: Trajectory) -> None:
 def _check_finite(trajectory_id: str, name: str, value: Any) -> None:
     if not math.isfinite(value):
         raise CodecError(f"trajectory {trajectory_id!r} has {name}={value}; it must be finite")
-
-
-_DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
-    "ids": np.dtype(np.int32),
-    "mask": np.dtype(np.bool_),
-    "logprobs": np.dtype(np.float32),
-    "versions": np.dtype(np.int32),
-}
-
-
-def _check_segment(segment: Segment) -> None:
-    for name, dtype in _DTYPES.items():
-        array: NDArray[Any] = getattr(segment, name)
-        if array.dtype != dtype or array.ndim != 1:
-            raise CodecError(f"{name} has dtype {array.dtype} and shape {array.shape}; it must be {dtype} of shape [T]")
-    mask = segment.mask
-    sampled, observed = segment.logprobs[mask], segment.logprobs[~mask]
-    if segment.ids.size and int(segment.ids.min()) < 0:
-        raise CodecError(f"token id {int(segment.ids.min())} is negative")
-    if mask[: segment.prompt_length].any():
-        raise CodecError(f"the mask marks a token of the {segment.prompt_length}-token prompt as sampled")
-    if not np.isfinite(sampled).all():
-        raise CodecError(f"{int((~np.isfinite(sampled)).sum())} sampled tokens have a logprob that is not finite")
-    if sampled.size and float(sampled.max()) > MAX_LOGPROB:
-        raise CodecError(f"a sampled token has logprob {float(sampled.max()):g}, above {MAX_LOGPROB:g}")
-    # NaN compares unequal to 0, so it is refused here too.
-    if (observed != 0).any():
-        raise CodecError(f"{int((observed != 0).sum())} tokens with mask 0 have a logprob other than 0")
-    if (segment.versions[mask] < 0).any():
-        raise CodecError(f"{int((segment.versions[mask] < 0).sum())} sampled tokens have no policy version")
-    if (segment.versions[~mask] != -1).any():
-        raise CodecError(f"{int((segment.versions[~mask] != -1).sum())} tokens with mask 0 have a version other than -1")
 
 
 def _check_close(close: GroupClose) -> None:

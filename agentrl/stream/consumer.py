@@ -34,7 +34,8 @@ from agentrl.types import AGAIN_MARK, REQUEUED, GroupClose, PolicyRecord, Trajec
 
 log = logging.getLogger(__name__)
 
-READ_COUNT: Final = 8
+READ_COUNT: Final = 32
+"""Entries of one read: what it costs apart from them, two round trips in effect, is that of decoding several."""
 BLOCK_S: Final = 0.5
 _PENDING_PAGE: Final = 256
 _FETCH_PAGE: Final = 16
@@ -538,10 +539,10 @@ class TrajectoryConsumer:
 
     def _remove(self, rows: Sequence[_Row], run: Callable[[Any, list[str], list[Any], str], str]) -> None:
         keys = self._keys
-        names = [keys.fence, keys.traj, keys.stats, keys.dead, keys.dedupe, keys.requeued, keys.dead_blobs]
+        names = [keys.fence, keys.traj, keys.stats, keys.dead, keys.closed, keys.requeued, keys.dead_blobs]
         for start in range(0, len(rows), _COMMIT_ROWS):
             chunk = rows[start : start + _COMMIT_ROWS]
-            args: list[Any] = [self._epoch, keys.blob(""), keys.dead_blob("")]
+            args: list[Any] = [self._epoch, keys.prefix]
             for row in chunk:
                 e = row.entry
                 args += [e.entry_id, e.kind, e.id, e.num_bytes, int(e.side), row.outcome, row.reason]

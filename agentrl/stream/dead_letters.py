@@ -120,7 +120,7 @@ def _replay_group(client: redis.Redis, keys: Keys, members: Sequence[tuple[DeadL
         group_id=group_id, task_id=trajectory.task_id, ordinal=trajectory.ordinal, size=len(again), members=tuple(t.id for t in again)
     )  # fmt: skip
     args: list[Any] = [close.id, group_id, encode(close)]
-    args += [keys.blob(""), keys.dead_blob(""), SIDE_KEY_BYTES]
+    args += [keys.prefix, SIDE_KEY_BYTES]
     for (letter, _), new in zip(members, again, strict=True):
         args += [letter.entry, letter.id, new.id, encode(new)]
     script = client.register_script(scripts.REPLAY)

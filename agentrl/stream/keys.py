@@ -7,7 +7,10 @@ script may touch all of them.
 |---|---|---|---|---|
 | ``traj`` | stream | one entry per trajectory and per group close | producer | learner's commit (XACK + XDEL) |
 | ``blob:<id>`` | string | payload of an entry over 1 MiB | producer, with the entry | whatever removes the entry |
-| ``dedupe`` | zset | id put -> ms; makes a retry one entry | producer | producer, after ``dedupe_ttl_s`` |
+| ``members:<group>`` | set | ids put of an open group; makes a retry one entry | producer | producer's close |
+| ``put:<map>`` | bitmap | one bit for each id put of closed groups (``put_ids.py``) | producer's close | never (8 bits per group of 8) |
+| ``put`` | set | the names of these maps | producer's close | never |
+| ``dedupe`` | zset | ids put that have no such bit: replayed dead letters, and what older versions put | replay | never |
 | ``open`` | hash | group id -> members put, until the group closes | producer | producer's close |
 | ``closed`` | bitmap | bit ``ordinal`` is 1 once that group closed | producer's close | never (1 bit per group) |
 | ``stats`` | hash | counters: bytes, submitted, closed, outcomes … | every script | never |
@@ -36,6 +39,7 @@ GROUP: Final = "learner"
 KEY_NAMES: Final = (
     "traj",
     "dedupe",
+    "put",
     "stats",
     "fence",
     "dead",
@@ -77,6 +81,15 @@ class Keys:
     @property
     def dedupe(self) -> str:
         return self.prefix + "dedupe"
+
+    @property
+    def put(self) -> str:
+        """Set: the names of the bitmaps that ``put_map`` finds."""
+        return self.prefix + "put"
+
+    def put_map(self, name: str) -> str:
+        """Bitmap of ids put of closed groups; see ``put_ids.py``."""
+        return f"{self.prefix}put:{name}"
 
     @property
     def stats(self) -> str:
@@ -138,6 +151,10 @@ class Keys:
     def blob(self, entry_id: str) -> str:
         """Side key of one large entry, by trajectory id."""
         return f"{self.prefix}blob:{entry_id}"
+
+    def members(self, group_id: str) -> str:
+        """Set of the ids put of one open group."""
+        return f"{self.prefix}members:{group_id}"
 
     def dead_blob(self, entry_id: str) -> str:
         """Side key of one large dead letter, by trajectory id."""

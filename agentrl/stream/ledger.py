@@ -19,6 +19,7 @@ import redis
 from agentrl.stream import scripts
 from agentrl.stream.connection import retry
 from agentrl.stream.keys import Keys
+from agentrl.stream.put_ids import names_in_maps, put_name
 from agentrl.types import REQUEUED
 
 _OUTCOME = "outcome:"
@@ -99,8 +100,8 @@ class Books:
     ledger: Ledger
     on_stream: tuple[str, ...]
     """Ids of every entry on the stream, closes included, in stream order."""
-    known: frozenset[str]
-    """Ids that were ever put and are still remembered."""
+    put: frozenset[str]
+    """Every trajectory that was ever put, by its ``put_name``."""
 
 
 def read_ledger(client: redis.Redis, keys: Keys, *, patience_s: float | None = 30.0) -> Ledger:
@@ -120,13 +121,16 @@ def read_books(client: redis.Redis, keys: Keys, *, patience_s: float | None = 30
     """
     answers = _snapshot(client, keys, with_ids=True, patience_s=patience_s)
     on_stream, known = (tuple(i.decode(errors="replace") for i in cast("list[bytes]", ids)) for ids in answers[3:5])
-    return Books(ledger=_ledger(answers), on_stream=on_stream, known=frozenset(known))
+    flat = cast("list[bytes]", answers[5])
+    folded = names_in_maps((name.decode(), data) for name, data in zip(flat[::2], flat[1::2], strict=True))
+    put = frozenset(folded | {put_name(i) for i in known if not i.endswith("/close")})
+    return Books(ledger=_ledger(answers), on_stream=on_stream, put=put)
 
 
 def _snapshot(client: redis.Redis, keys: Keys, *, with_ids: bool, patience_s: float | None) -> list[Any]:
     script = client.register_script(scripts.SNAPSHOT)
-    names = [keys.traj, keys.dedupe, keys.stats, keys.open]
-    answer = retry(lambda: script(keys=names, args=[int(with_ids)]), "reading the ledger", patience_s=patience_s)
+    names = [keys.traj, keys.dedupe, keys.stats, keys.open, keys.put]
+    answer = retry(lambda: script(keys=names, args=[int(with_ids), keys.prefix]), "reading the ledger", patience_s=patience_s)
     return cast("list[Any]", answer)
 
 

@@ -30,8 +30,9 @@ from redis.exceptions import OutOfMemoryError
 from agentrl.errors import MembersLost, StreamError
 from agentrl.stream import scripts
 from agentrl.stream.codec import encode
-from agentrl.stream.connection import retry_async
+from agentrl.stream.connection import SOCKET_TIMEOUT_S, retry_async
 from agentrl.stream.keys import Keys
+from agentrl.stream.lines import Lines
 from agentrl.types import GroupClose, Trajectory
 
 log = logging.getLogger(__name__)
@@ -44,8 +45,8 @@ FULL_FIRST_S: Final = 0.002
 FULL_MAX_S: Final = 0.250
 _POLLS_PER_S: Final = 500
 """Cheap checks per second over all waiting puts of this producer: with many waiters each asks less often."""
-_SLOTS: Final = 8
-"""Concurrent commands. More connections do not write faster: the server handles one at a time."""
+_SLOTS: Final = 16
+"""Scripts in flight. More would only hold their payloads in memory: the server handles one at a time."""
 _CHUNK: Final = 512
 _OFFLOAD_TOKENS: Final = 65_536
 """Above this, encoding takes longer than a millisecond or two and moves to a thread."""
@@ -59,7 +60,6 @@ class TrajectoryProducer:
         keys: of the run.
         max_items: undelivered entries at which a put waits.
         max_bytes: encoded bytes on the server at which the first member of a group waits.
-        dedupe_ttl_s: how long an id is remembered, in the stream's own time: a pause between two puts counts as an hour at most.
         on_wait: called before every pause with ``stream:full`` or ``stream:down`` and the seconds waited so far.
         patience_s: seconds of unreachable server after which a call raises; None waits for ever (the caller's deadline
             still applies). Waiting because the stream is full is never limited here.
@@ -72,7 +72,6 @@ class TrajectoryProducer:
         *,
         max_items: int = 512,
         max_bytes: int = 1 << 30,
-        dedupe_ttl_s: float = 86400 * 7,
         on_wait: Callable[[str, float], None] | None = None,
         patience_s: float | None = None,
     ) -> None:
@@ -82,14 +81,16 @@ class TrajectoryProducer:
         self._keys = keys
         self._max_items = max_items
         self._max_bytes = max_bytes
-        self._dedupe_ttl_s = dedupe_ttl_s
         self._on_wait = on_wait
         self._patience_s = patience_s
         self._slots = asyncio.Semaphore(_SLOTS)
         self._waiting = 0
+        timeout_s = client.connection_pool.connection_kwargs.get("socket_timeout")
+        self._lines = Lines(client, timeout_s=SOCKET_TIMEOUT_S if timeout_s is None else timeout_s)
         self._put = self._client.register_script(scripts.PUT)
         self._room = self._client.register_script(scripts.ROOM)
         self._close = self._client.register_script(scripts.CLOSE)
+        self._known = self._client.register_script(scripts.KNOWN)
 
     @property
     def waiting(self) -> int:
@@ -126,9 +127,10 @@ class TrajectoryProducer:
         """
         payload = encode(close)
         reasons = [part for reason, count in Counter(close.failed.values()).items() for part in (reason, count)]
-        args = [close.id, close.group_id, close.ordinal, close.size, payload, len(close.members)]
+        args = [self._keys.prefix, close.id, close.group_id, close.ordinal, close.size, payload, len(close.members)]
         args += [*close.members, *reasons]
-        answer = await self._call(lambda: self._close(keys=self._stream_keys(), args=args), f"closing {close.group_id}")
+        keys = self._stream_keys(close.group_id)
+        answer = await self._call(lambda: self._run(self._close, keys, args), f"closing {close.group_id}")
         status, *missing = [part.decode() for part in cast("list[bytes]", answer)]
         if status == "MISSING":
             raise MembersLost(
@@ -146,11 +148,11 @@ class TrajectoryProducer:
         found: set[str] = set()
         for start in range(0, len(ids), _CHUNK):
             chunk = list(ids[start : start + _CHUNK])
-            scores = cast(
-                "list[Any]",
-                await self._call(lambda chunk=chunk: self._client.zmscore(self._keys.dedupe, chunk), "reading ids"),
+            args = [self._keys.prefix, *chunk]
+            known = cast(
+                "list[int]", await self._call(lambda args=args: self._known(keys=[self._keys.dedupe], args=args), "reading ids")
             )
-            found.update(entry for entry, score in zip(chunk, scores, strict=True) if score is not None)
+            found.update(entry for entry, is_known in zip(chunk, known, strict=True) if is_known)
         return found
 
     async def next_open_ordinal(self) -> int:
@@ -183,9 +185,9 @@ class TrajectoryProducer:
 
     # -- one round trip each ------------------------------------------------------------------------------------------
 
-    def _stream_keys(self) -> list[str]:
+    def _stream_keys(self, group_id: str) -> list[str]:
         keys = self._keys
-        return [keys.traj, keys.dedupe, keys.stats, keys.closed, keys.open, keys.requeued]
+        return [keys.traj, keys.dedupe, keys.stats, keys.closed, keys.open, keys.requeued, keys.members(group_id)]
 
     async def _put_when_room(self, t: Trajectory, payload: bytes) -> str:
         """Poll with the cheap check until there is room; only then send the payload."""
@@ -206,23 +208,26 @@ class TrajectoryProducer:
             self._waiting -= 1
 
     async def _ask_room(self, t: Trajectory, size: int) -> str:
-        args = [t.id, t.group_id, t.ordinal, self._max_items, self._max_bytes, size]
-        answer = await self._call(lambda: self._room(keys=self._stream_keys(), args=args), f"asking room for {t.id}")
+        keys = self._stream_keys(t.group_id)
+        args = [self._keys.prefix, t.id, t.group_id, t.ordinal, self._max_items, self._max_bytes, size]
+        answer = await self._call(lambda: self._run(self._room, keys, args), f"asking room for {t.id}")
         return cast("bytes", answer).decode()
 
     async def _try_put(self, t: Trajectory, payload: bytes) -> str:
-        remember_ms = int(self._dedupe_ttl_s * 1000)
         side = int(len(payload) > SIDE_KEY_BYTES)
-        args = [t.id, t.group_id, t.ordinal, self._max_items, self._max_bytes, remember_ms, side, payload]
-        keys = [*self._stream_keys(), self._keys.blob(t.id)]
+        args = [self._keys.prefix, t.id, t.group_id, t.ordinal, self._max_items, self._max_bytes, side, payload]
+        keys = [*self._stream_keys(t.group_id), self._keys.blob(t.id)]
         try:
-            answer = await self._call(lambda: self._put(keys=keys, args=args), f"putting {t.id}")
+            answer = await self._call(lambda: self._run(self._put, keys, args), f"putting {t.id}")
         except StreamError as error:
             if not isinstance(error.__cause__, OutOfMemoryError):
                 raise
             log.warning("Redis reached its maxmemory, waiting for the learner: id=%s", t.id)
             return "FULL"
         return cast("bytes", answer).decode()
+
+    async def _run(self, script: Any, keys: list[str], args: list[Any]) -> Any:
+        return await self._lines.script(script.script, script.sha, keys, args)
 
     async def _call(self, call: Callable[[], Any], what: str) -> Any:
         async def once() -> Any:

@@ -6,6 +6,8 @@ full for ever. PUT does not, and the producer reads that refusal as "full".
 
 from typing import Final
 
+from agentrl.stream import put_ids
+
 DEAD_MAXLEN: Final = 1000
 """Dead letters kept. Only this stream is ever trimmed by length: on the trajectory stream that loses entries."""
 
@@ -14,28 +16,15 @@ DEAD_BLOB_BYTES: Final = 256 << 20
 
 _ALLOW_OOM: Final = "#!lua flags=allow-oom\n"
 
-MAX_STEP_MS: Final = 3_600_000
-"""Most by which the clock of the remembered ids advances between two puts."""
-
-_CLOCK: Final = f"""
--- The server's clock, never a client's: machines need not agree on the time. 'clock' dates ids; it never goes back and advances by
--- an hour per put at most, so neither a clock that is set nor a run that sleeps for weeks makes the server forget what was put.
+_CLOCK: Final = """
+-- The server's clock, never a client's: machines need not agree on the time.
 local function wall_ms()
   local time = redis.call('TIME')
   return tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 end
-local function advanced(wall, before, clock)
-  return tonumber(clock or wall) + math.min(math.max(wall - tonumber(before or wall), 0), {MAX_STEP_MS})
-end
 -- Lua would write such numbers as 1.7e+12.
-local function written(ms)
-  return string.format('%.0f', ms)
-end
-local function clock_ms(stats)
-  local wall, at = wall_ms(), redis.call('HMGET', stats, 'wall_ms', 'clock_ms')
-  local clock = advanced(wall, at[1], at[2])
-  redis.call('HSET', stats, 'wall_ms', written(wall), 'clock_ms', written(clock))
-  return clock
+local function written(number)
+  return string.format('%.0f', number)
 end
 """
 
@@ -50,11 +39,13 @@ end
 _ADMIT: Final = (
     _AGAIN
     + _CLOCK
+    + put_ids.LUA
     + """
-local function state_of(dedupe, closed, requeued, id, group_id, ordinal)
-  if redis.call('ZSCORE', dedupe, id) then return 'DUP' end
-  if redis.call('GETBIT', closed, ordinal) == 1 and not is_again(requeued, ordinal, group_id) then return 'LATE' end
-  return nil
+-- What an id needs no entry for: it has one or had one (DUP), or its group closed without it (LATE).
+local function state_of(dedupe, closed, requeued, members, prefix, id, group_id, ordinal)
+  if redis.call('SISMEMBER', members, id) == 1 or redis.call('ZSCORE', dedupe, id) then return 'DUP' end
+  if redis.call('GETBIT', closed, ordinal) == 0 or is_again(requeued, ordinal, group_id) then return nil end
+  return was_put(prefix, id) and 'DUP' or 'LATE'
 end
 -- 'items' bounds what no learner has taken yet; 'bytes' bounds all that lives, unless the group has already begun.
 local function full(traj, stats, open, group_id, bytes, max_items, max_bytes, live)
@@ -81,11 +72,11 @@ ROOM: Final = (
     _ALLOW_OOM
     + _ADMIT
     + """
--- KEYS traj dedupe stats closed open requeued | ARGV id group ordinal max_items max_bytes bytes
-local known = state_of(KEYS[2], KEYS[4], KEYS[6], ARGV[1], ARGV[2], ARGV[3])
+-- KEYS traj dedupe stats closed open requeued members | ARGV prefix id group ordinal max_items max_bytes bytes
+local known = state_of(KEYS[2], KEYS[4], KEYS[6], KEYS[7], ARGV[1], ARGV[2], ARGV[3], ARGV[4])
 if known then return known end
 local live = tonumber(redis.call('HGET', KEYS[3], 'bytes') or '0')
-if full(KEYS[1], KEYS[3], KEYS[5], ARGV[2], tonumber(ARGV[6]), tonumber(ARGV[4]), tonumber(ARGV[5]), live)
+if full(KEYS[1], KEYS[3], KEYS[5], ARGV[3], tonumber(ARGV[7]), tonumber(ARGV[5]), tonumber(ARGV[6]), live)
 then return 'FULL' end
 return 'ROOM'
 """
@@ -94,32 +85,30 @@ return 'ROOM'
 PUT: Final = (
     _ADMIT
     + """
--- KEYS traj dedupe stats closed open requeued blob | ARGV id group ordinal max_items max_bytes remember_ms side payload
-local id, group_id, payload = ARGV[1], ARGV[2], ARGV[8]
-local known = state_of(KEYS[2], KEYS[4], KEYS[6], id, group_id, ARGV[3])
+-- KEYS traj dedupe stats closed open requeued members blob | ARGV prefix id group ordinal max_items max_bytes side payload
+local prefix, id, group_id, ordinal, payload = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[8]
+local known = state_of(KEYS[2], KEYS[4], KEYS[6], KEYS[7], prefix, id, group_id, ordinal)
 if known == 'DUP' then return 'DUP' end
 if known == 'LATE' then
-  redis.call('ZADD', KEYS[2], clock_ms(KEYS[3]), id)
+  remember(prefix, id)
   redis.call('HINCRBY', KEYS[3], 'submitted', 1)
   redis.call('HINCRBY', KEYS[3], 'outcome:superseded', 1)
   return 'LATE'
 end
 -- One read and one write of the counters: each call of a script costs the server as much as a command.
-local at = redis.call('HMGET', KEYS[3], 'bytes', 'submitted', 'wall_ms', 'clock_ms')
-local live, submitted, wall = tonumber(at[1] or '0'), tonumber(at[2] or '0'), wall_ms()
-if full(KEYS[1], KEYS[3], KEYS[5], group_id, #payload, tonumber(ARGV[4]), tonumber(ARGV[5]), live) then return 'FULL' end
-local now = advanced(wall, at[3], at[4])
+local at = redis.call('HMGET', KEYS[3], 'bytes', 'submitted')
+local live, submitted = tonumber(at[1] or '0'), tonumber(at[2] or '0')
+if full(KEYS[1], KEYS[3], KEYS[5], group_id, #payload, tonumber(ARGV[5]), tonumber(ARGV[6]), live) then return 'FULL' end
 if ARGV[7] == '1' then
-  redis.call('SET', KEYS[7], payload)
+  redis.call('SET', KEYS[8], payload)
   redis.call('XADD', KEYS[1], '*', 't', id, 'g', group_id, 'k', 't', 'n', #payload, 's', '1')
 else
   redis.call('XADD', KEYS[1], '*', 't', id, 'g', group_id, 'k', 't', 'n', #payload, 'b', payload)
 end
-redis.call('ZADD', KEYS[2], now, id)
+redis.call('SADD', KEYS[7], id)
+if not has_place_in(id, group_id, ordinal) then redis.call('ZADD', KEYS[2], 0, id) end
 redis.call('HINCRBY', KEYS[5], group_id, 1)
-redis.call('HSET', KEYS[3], 'bytes', written(live + #payload), 'submitted', written(submitted + 1), 'wall_ms', written(wall), 'clock_ms', written(now))
--- Last: a first write that maxmemory permits would let all later ones pass.
-redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now - tonumber(ARGV[6]))
+redis.call('HSET', KEYS[3], 'bytes', written(live + #payload), 'submitted', written(submitted + 1))
 return 'OK'
 """
 )
@@ -127,35 +116,47 @@ return 'OK'
 CLOSE: Final = (
     _ALLOW_OOM
     + _AGAIN
-    + _CLOCK
+    + put_ids.LUA
     + """
--- KEYS traj dedupe stats closed open requeued | ARGV id group ordinal size payload num_members members.. (reason count)..
-local id, group_id, ordinal, payload = ARGV[1], ARGV[2], ARGV[3], ARGV[5]
+-- KEYS traj dedupe stats closed open requeued members
+-- ARGV prefix id group ordinal size payload num_members members.. (reason count)..
+local prefix, id, group_id, ordinal, payload = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[6]
 if redis.call('GETBIT', KEYS[4], ordinal) == 1 and not is_again(KEYS[6], ordinal, group_id) then
   if redis.call('HEXISTS', KEYS[5], group_id) == 1 then return {'TAKEN'} end
   return {'DUP'}
 end
-local num_members = tonumber(ARGV[6])
+local num_members = tonumber(ARGV[7])
 local missing = {'MISSING'}
-for i = 7, 6 + num_members do
-  if not redis.call('ZSCORE', KEYS[2], ARGV[i]) then missing[#missing + 1] = ARGV[i] end
+for i = 8, 7 + num_members do
+  if redis.call('SISMEMBER', KEYS[7], ARGV[i]) == 0 and not redis.call('ZSCORE', KEYS[2], ARGV[i]) then missing[#missing + 1] = ARGV[i] end
 end
 if #missing > 1 then return missing end
-local unreported = tonumber(ARGV[4]) - num_members
+local unreported = tonumber(ARGV[5]) - num_members
 redis.call('HINCRBY', KEYS[3], 'submitted', unreported)
-for i = 7 + num_members, #ARGV, 2 do
+for i = 8 + num_members, #ARGV, 2 do
   redis.call('HINCRBY', KEYS[3], 'outcome:failed:' .. ARGV[i], ARGV[i + 1])
   unreported = unreported - tonumber(ARGV[i + 1])
 end
 if unreported > 0 then redis.call('HINCRBY', KEYS[3], 'outcome:failed:unreported', unreported) end
 redis.call('XADD', KEYS[1], '*', 't', id, 'g', group_id, 'k', 'c', 'n', #payload, 'b', payload)
-redis.call('ZADD', KEYS[2], clock_ms(KEYS[3]), id)
 redis.call('SETBIT', KEYS[4], ordinal, 1)
 redis.call('ZREM', KEYS[6], ordinal)
 redis.call('HDEL', KEYS[5], group_id)
 redis.call('HINCRBY', KEYS[3], 'bytes', #payload)
 redis.call('HINCRBY', KEYS[3], 'closed_groups', 1)
+fold(KEYS[7], prefix, group_id, ordinal)
 return {'OK'}
+"""
+)
+
+KNOWN: Final = (
+    "#!lua flags=no-writes\n"
+    + put_ids.LUA
+    + """
+-- ARGV prefix ids.. ; 1 for each that was ever put
+local known = {}
+for i = 2, #ARGV do known[i - 1] = was_put(ARGV[1], ARGV[i]) and 1 or 0 end
+return known
 """
 )
 
@@ -181,24 +182,26 @@ if holder ~= ARGV[1] then return {'FENCED', holder or '0'} end
 COMMIT: Final = (
     _ALLOW_OOM
     + _FENCED
+    + put_ids.LUA
     + f"""
--- KEYS fence traj stats dead dedupe requeued dead_blobs
--- ARGV epoch blob_prefix dead_blob_prefix (entry kind id bytes side outcome reason)..
+-- KEYS fence traj stats dead closed requeued dead_blobs | ARGV epoch prefix (entry kind id bytes side outcome reason)..
+local prefix = ARGV[2]
 local function keep_payload(id)
-  if redis.call('EXISTS', ARGV[2] .. id) == 0 then return end
-  redis.call('RENAME', ARGV[2] .. id, ARGV[3] .. id)
-  local size = redis.call('STRLEN', ARGV[3] .. id)
+  if redis.call('EXISTS', prefix .. 'blob:' .. id) == 0 then return end
+  redis.call('RENAME', prefix .. 'blob:' .. id, prefix .. 'deadblob:' .. id)
+  local size = redis.call('STRLEN', prefix .. 'deadblob:' .. id)
   redis.call('RPUSH', KEYS[7], size .. ':' .. id)
   local held = redis.call('HINCRBY', KEYS[3], 'dead_bytes', size)
   while held > {DEAD_BLOB_BYTES} do
     local oldest = redis.call('LPOP', KEYS[7])
     if not oldest then break end
     local bytes, name = string.match(oldest, '^(%d+):(.*)$')
-    redis.call('DEL', ARGV[3] .. name)
+    redis.call('DEL', prefix .. 'deadblob:' .. name)
     held = redis.call('HINCRBY', KEYS[3], 'dead_bytes', -tonumber(bytes))
   end
 end
-for i = 4, #ARGV, 7 do
+local entries, freed, ends = {{}}, 0, {{}}
+for i = 3, #ARGV, 7 do
   local entry, kind, id, outcome, reason = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 5], ARGV[i + 6]
   if reason ~= '' then
     local found = redis.call('XRANGE', KEYS[2], entry, entry)
@@ -209,13 +212,12 @@ for i = 4, #ARGV, 7 do
       redis.call('HINCRBY', KEYS[3], 'dead', 1)
       if ARGV[i + 4] == '1' then keep_payload(id) end
       -- What no producer of ours put was never counted as submitted.
-      if not redis.call('ZSCORE', KEYS[5], id) then outcome, kind = '', 'foreign' end
+      if not (kind == 'c' and was_closed(KEYS[5], id) or was_put(prefix, id)) then outcome, kind = '', 'foreign' end
     end
   end
-  redis.call('XACK', KEYS[2], 'learner', entry)
   if redis.call('XDEL', KEYS[2], entry) == 1 then
-    if kind ~= 'foreign' then redis.call('HINCRBY', KEYS[3], 'bytes', -tonumber(ARGV[i + 3])) end
-    if ARGV[i + 4] == '1' then redis.call('DEL', ARGV[2] .. id) end
+    if kind ~= 'foreign' then freed = freed + tonumber(ARGV[i + 3]) end
+    if ARGV[i + 4] == '1' then redis.call('DEL', prefix .. 'blob:' .. id) end
     if kind == 'c' then
       redis.call('HINCRBY', KEYS[3], 'committed_groups', 1)
       -- With the entry's end, so that a repeated commit cannot give the group back twice.
@@ -226,9 +228,14 @@ for i = 4, #ARGV, 7 do
         outcome = ''
       end
     end
-    if outcome ~= '' then redis.call('HINCRBY', KEYS[3], 'outcome:' .. outcome, 1) end
+    if outcome ~= '' then ends[outcome] = (ends[outcome] or 0) + 1 end
   end
+  entries[#entries + 1] = entry
 end
+-- Once for all: each call of a script costs the server as much as a command.
+redis.call('XACK', KEYS[2], 'learner', unpack(entries))
+for outcome, count in pairs(ends) do redis.call('HINCRBY', KEYS[3], 'outcome:' .. outcome, count) end
+if freed > 0 then redis.call('HINCRBY', KEYS[3], 'bytes', string.format('%.0f', -freed)) end
 return {{'OK', redis.call('HGET', KEYS[3], 'committed_groups') or '0'}}
 """
 )
@@ -407,30 +414,31 @@ return dropped
 REPLAY: Final = (
     _ALLOW_OOM
     + _FORGET_PAYLOAD
-    + _CLOCK
+    + put_ids.LUA
     + """
 -- KEYS traj dedupe stats dead dead_blobs
--- ARGV close_id group close_payload blob_prefix dead_blob_prefix side_above (dead_id old_id new_id payload)..
-for i = 7, #ARGV, 4 do
+-- ARGV close_id group close_payload prefix side_above (dead_id old_id new_id payload)..
+local prefix = ARGV[4]
+for i = 6, #ARGV, 4 do
   if not redis.call('XRANGE', KEYS[4], ARGV[i], ARGV[i])[1] then return {'GONE', ARGV[i]} end
-  if not redis.call('ZSCORE', KEYS[2], ARGV[i + 1]) then return {'FOREIGN', ARGV[i + 1]} end
+  if not was_put(prefix, ARGV[i + 1]) then return {'FOREIGN', ARGV[i + 1]} end
 end
-local bytes, count, now = #ARGV[3], 0, clock_ms(KEYS[3])
-for i = 7, #ARGV, 4 do
+local bytes, count = #ARGV[3], 0
+for i = 6, #ARGV, 4 do
   local id, payload = ARGV[i + 2], ARGV[i + 3]
-  if #payload > tonumber(ARGV[6]) then
-    redis.call('SET', ARGV[4] .. id, payload)
+  if #payload > tonumber(ARGV[5]) then
+    redis.call('SET', prefix .. 'blob:' .. id, payload)
     redis.call('XADD', KEYS[1], '*', 't', id, 'g', ARGV[2], 'k', 't', 'n', #payload, 's', '1')
   else
     redis.call('XADD', KEYS[1], '*', 't', id, 'g', ARGV[2], 'k', 't', 'n', #payload, 'b', payload)
   end
-  forget_payload(KEYS[5], KEYS[3], ARGV[5], ARGV[i + 1])
-  redis.call('ZADD', KEYS[2], now, id)
+  forget_payload(KEYS[5], KEYS[3], prefix .. 'deadblob:', ARGV[i + 1])
+  redis.call('ZADD', KEYS[2], 0, id)
   redis.call('XDEL', KEYS[4], ARGV[i])
   bytes, count = bytes + #payload, count + 1
 end
 redis.call('XADD', KEYS[1], '*', 't', ARGV[1], 'g', ARGV[2], 'k', 'c', 'n', #ARGV[3], 'b', ARGV[3])
-redis.call('ZADD', KEYS[2], now, ARGV[1])
+redis.call('ZADD', KEYS[2], 0, ARGV[1])
 -- They were counted as failed once; they wait again, so that column gives them back and the sums stay closed.
 redis.call('HINCRBY', KEYS[3], 'outcome:failed:dead_letter', -count)
 redis.call('HINCRBY', KEYS[3], 'bytes', bytes)
@@ -452,8 +460,8 @@ return math.abs(wall_ms() - tonumber(at))
 )
 
 SNAPSHOT: Final = """
--- KEYS traj dedupe stats open | ARGV with_ids ; one instant of the books, without payloads
-local on_stream, known = {}, {}
+-- KEYS traj dedupe stats open put | ARGV with_ids prefix ; one instant of the books, without payloads
+local on_stream, known, maps = {}, {}, {}
 if ARGV[1] == '1' then
   local after = '-'
   while true do
@@ -467,6 +475,13 @@ if ARGV[1] == '1' then
     end
   end
   known = redis.call('ZRANGE', KEYS[2], 0, -1)
+  for _, group_id in ipairs(redis.call('HKEYS', KEYS[4])) do
+    for _, id in ipairs(redis.call('SMEMBERS', ARGV[2] .. 'members:' .. group_id)) do known[#known + 1] = id end
+  end
+  for _, map in ipairs(redis.call('SMEMBERS', KEYS[5])) do
+    maps[#maps + 1] = map
+    maps[#maps + 1] = redis.call('GET', ARGV[2] .. 'put:' .. map)
+  end
 end
-return {redis.call('HGETALL', KEYS[3]), redis.call('XLEN', KEYS[1]), redis.call('HLEN', KEYS[4]), on_stream, known}
+return {redis.call('HGETALL', KEYS[3]), redis.call('XLEN', KEYS[1]), redis.call('HLEN', KEYS[4]), on_stream, known, maps}
 """

@@ -210,24 +210,6 @@ async def test_a_machine_with_the_wrong_date_forgets_and_repeats_nothing(
     await aclient.aclose()
 
 
-@pytest.mark.asyncio
-async def test_the_servers_own_clock_may_jump_and_a_run_may_sleep(server: EmbeddedServer, client: redis.Redis) -> None:
-    """Its last date is moved instead of the machine's clock: what the scripts see is the same."""
-    aclient = connect_async(server.url, role="serve")
-    producer = TrajectoryProducer(aclient, KEYS)
-    first = make_trajectory(0, 0)
-    await producer.put_trajectory(first)
-    dated = int(client.hget(KEYS.stats, "clock_ms") or 0)
-    for ordinal, days in ((1, 30), (2, -3000), (3, 10_000)):
-        client.hset(KEYS.stats, "wall_ms", int((time.time() - days * DAY_S) * 1000))
-        await producer.put_trajectory(make_trajectory(ordinal, 0))
-    await producer.put_trajectory(first)
-    assert client.xlen(KEYS.traj) == 4
-    passed_ms = int(client.hget(KEYS.stats, "clock_ms") or 0) - dated
-    assert 2 * 3_600_000 <= passed_ms < 2 * 3_600_000 + 60_000, "an hour for each jump ahead, nothing for the one back"
-    await aclient.aclose()
-
-
 def test_a_process_with_the_wrong_date_is_neither_silent_nor_another(tmp_path: Path, clock: Callable[[float], None]) -> None:
     run = RunDir(tmp_path).create()
     run.register("serve")

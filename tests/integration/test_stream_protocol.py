@@ -17,9 +17,10 @@ from agentrl.stream.codec import encode
 from agentrl.stream.consumer import TrajectoryConsumer, fetch
 from agentrl.stream.fingerprint import check_fingerprint, clear_fingerprint
 from agentrl.stream.keys import GROUP, Keys
-from agentrl.stream.ledger import read_ledger
+from agentrl.stream.ledger import read_books, read_ledger
 from agentrl.stream.policy import read_policy, read_policy_sync, read_progress, read_progress_sync
 from agentrl.stream.producer import TrajectoryProducer
+from agentrl.stream.put_ids import put_name
 from agentrl.stream.server import connect, connect_async
 from agentrl.testing.stream_doubles import LossyProxy, make_close, make_trajectory
 from agentrl.types import GroupClose, PolicyRecord, Trajectory, TrajectoryGroup, content_digest
@@ -93,12 +94,75 @@ async def test_put_after_commit_is_still_known(client: redis.Redis, aclient: red
     assert await producer.present([m.id for m in members] + ["never"]) == {m.id for m in members}
 
 
-async def test_ids_are_forgotten_after_the_dedupe_time(client: redis.Redis, aclient: redis.asyncio.Redis, keys: Keys) -> None:
-    producer = TrajectoryProducer(aclient, keys, dedupe_ttl_s=0.05)
-    await producer.put_trajectory(make_trajectory(0, 0))
-    await asyncio.sleep(0.1)
-    await producer.put_trajectory(make_trajectory(0, 1))
-    assert client.zcard(keys.dedupe) == 1
+async def test_ids_of_closed_groups_cost_a_bit_each_and_are_never_forgotten(
+    client: redis.Redis, aclient: redis.asyncio.Redis, keys: Keys
+) -> None:
+    producer = TrajectoryProducer(aclient, keys, max_items=10_000)
+    members = [m for ordinal in range(40) for m in await put_group(producer, ordinal, 8)]
+    assert (client.exists(keys.dedupe), client.hlen(keys.open)) == (0, 0)
+    assert client.scard(keys.put) == 1
+    (name,) = client.smembers(keys.put)
+    assert client.strlen(keys.put_map(name.decode())) == 40
+    assert list(client.scan_iter(keys.members("*"))) == []
+    names = [m.id for m in members]
+    assert await producer.present([*names, *(n + "1" for n in names), *(f"{n}/x" for n in names)]) == set(names)
+    assert read_books(client, keys).put == {put_name(n) for n in names}
+
+
+async def test_late_puts_are_counted_once_however_late_they_are_repeated(
+    client: redis.Redis, aclient: redis.asyncio.Redis, keys: Keys
+) -> None:
+    """A retry of what was put, and what came after its group closed; before and after the commit; for ids with and without a bit."""
+    producer = TrajectoryProducer(aclient, keys)
+    members = [make_trajectory(0, i, attempt=i % 2) for i in range(12)]
+    odd = replace(make_trajectory(0, 0), id="of another shape")
+    for member in (*members[:9], odd):
+        await producer.put_trajectory(member)
+    await producer.close_group(make_close(members[:8]))
+    consumer = started(client, keys)
+    group = take(consumer)
+    for _ in range(2):
+        for member in (*members[:11], odd, replace(odd, id="late and of another shape")):
+            await producer.put_trajectory(member)
+        consumer.commit(ids(group), outcomes={})
+        book = read_ledger(client, keys)
+        assert (book.submitted, book.trained, book.superseded, book.waiting, book.closes) == (13, 8, 5, 0, True)
+    assert await producer.present([m.id for m in members] + [odd.id]) == {m.id for m in members[:11]} | {odd.id}
+
+
+async def test_a_run_of_an_older_version_goes_on_with_the_ids_it_remembers(
+    client: redis.Redis, aclient: redis.asyncio.Redis, keys: Keys
+) -> None:
+    """It kept every id in one sorted set: of groups that are open, closed, and committed."""
+    producer = TrajectoryProducer(aclient, keys)
+    open_, closed, committed = ([make_trajectory(o, i) for i in range(2)] for o in range(3))
+    for members in (committed, closed):
+        for member in members:
+            await producer.put_trajectory(member)
+        await producer.close_group(make_close(members))
+    await producer.put_trajectory(open_[0])
+    consumer = started(client, keys)
+    consumer.commit(ids(take(consumer)), outcomes={})
+    # What the older version wrote instead.
+    client.delete(*client.scan_iter(keys.members("*")), *client.scan_iter(keys.put_map("*")), keys.put)
+    for entry in (open_[0], *closed, *committed, make_close(closed), make_close(committed)):
+        client.zadd(keys.dedupe, {entry.id: 1.7e12})
+    before = read_ledger(client, keys)
+    for member in (open_[0], *closed, *committed):
+        await producer.put_trajectory(member)
+    await producer.close_group(make_close(closed))
+    assert read_ledger(client, keys) == before
+    assert await producer.present([m.id for m in (*open_, *closed, *committed)]) == {
+        m.id for m in (open_[0], *closed, *committed)
+    }
+    await producer.put_trajectory(open_[1])
+    await producer.close_group(make_close(open_))
+    for members in (closed, open_):
+        group = take(consumer)
+        assert ids(group) == [m.id for m in members]
+        consumer.commit(ids(group), outcomes={})
+    book = read_ledger(client, keys)
+    assert (book.submitted, book.trained, book.waiting, book.closes) == (6, 6, 0, True)
 
 
 async def test_malformed_trajectory_is_refused_before_anything_is_written(
@@ -815,3 +879,23 @@ async def test_versions_and_masks_survive_the_trip(client: redis.Redis, aclient:
     [t] = take(started(client, keys))
     np.testing.assert_array_equal(t.segments[0].versions, [-1] * 8 + [12] * 16)
     assert (t.min_version, t.max_version, t.num_sampled) == (12, 12, 16)
+
+
+@pytest.mark.parametrize("shape", ["{o}/{s}/{a}", "t/{o}/{s}/{a}", "a/b+again3/{o}/{s}/{a}", "t/{o}+again2/{s}/{a}", "t/{o}/0{s}/{a}",
+                                   "t/0{o}/{s}/{a}", "t/{o}+again02/{s}/{a}", "{s}", "t/{o}/{s}/{a}+replay1-0"])  # fmt: skip
+async def test_scripts_and_readers_name_put_ids_alike(
+    client: redis.Redis, aclient: redis.asyncio.Redis, keys: Keys, shape: str
+) -> None:
+    """Lua places an id, Python names it: for every shape of id, and at the edges of a bitmap."""
+    producer, names = TrajectoryProducer(aclient, keys), set[str]()
+    for ordinal, sample, attempt in ((0, 0, 0), (1023, 7, 1), (1024, 8, 0), (99_999, 17, 3)):
+        name = shape.format(o=ordinal, s=sample, a=attempt)
+        t = replace(make_trajectory(ordinal, 0), id=name, group_id=name.rpartition("/")[0].rpartition("/")[0] or "g")
+        await producer.put_trajectory(t)
+        names.add(name)
+        for _ in range(2):
+            assert read_books(client, keys).put == {put_name(n) for n in names}
+            assert await producer.present([name, name + "0"]) == {name}
+            await producer.close_group(replace(make_close([t]), group_id=t.group_id))
+            await producer.put_trajectory(t)
+    assert read_ledger(client, keys).submitted == 4

@@ -33,9 +33,10 @@ from hypothesis.stateful import (
 from agentrl.errors import Fenced
 from agentrl.stream.consumer import TrajectoryConsumer
 from agentrl.stream.keys import GROUP, Keys
-from agentrl.stream.ledger import read_ledger
+from agentrl.stream.ledger import read_books, read_ledger
 from agentrl.stream.policy import read_progress_sync
 from agentrl.stream.producer import TrajectoryProducer
+from agentrl.stream.put_ids import put_name
 from agentrl.stream.server import EmbeddedServer, connect, connect_async
 from agentrl.testing.stream_doubles import make_close, make_trajectory
 from agentrl.types import REQUEUED, Trajectory, TrajectoryGroup, group_id_of
@@ -58,6 +59,8 @@ class StreamMachine(RuleBasedStateMachine):
         self.next_ordinal = self.num_again = 0
         self.open: dict[int, list[Trajectory]] = {}
         self.put: set[str] = set()
+        self.late: set[str] = set()
+        self.ended: list[Trajectory] = []
         self.saved: dict[str, str] = {}
         self.restart_learner()
 
@@ -121,8 +124,18 @@ class StreamMachine(RuleBasedStateMachine):
         )  # fmt: skip
         for _ in range(times):
             self.go(self.producer.close_group(close))
-        del self.open[ordinal]
+        self.ended += self.open.pop(ordinal)
         return multiple()
+
+    @precondition(lambda self: self.ended)
+    @rule(back=st.integers(0, 40), times=st.integers(1, 2))
+    def put_after_the_close(self, back: int, times: int) -> None:
+        """A retry, or a first put, of a member whose group closed, was committed, or is open for another round."""
+        member = self.ended[-1 - back % len(self.ended)]
+        for _ in range(times):
+            self.go(self.producer.put_trajectory(member))
+        if member.id not in self.put:
+            self.late.add(member.id)
 
     # -- learner ------------------------------------------------------------------------------------------------------
 
@@ -198,6 +211,9 @@ class StreamMachine(RuleBasedStateMachine):
         ledger = read_ledger(self.client, KEYS)
         assert ledger.closes, ledger.table()
         assert ledger.waiting + sum(v for v in (ledger.trained, ledger.filtered, ledger.stale)) == len(self.put)
+        assert ledger.superseded == len(self.late)
+        books = read_books(self.client, KEYS)
+        assert books.put == {put_name(i) for i in self.put | self.late}
 
     def drain(self) -> None:
         for ordinal in list(self.open):

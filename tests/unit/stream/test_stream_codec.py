@@ -11,7 +11,7 @@ import pytest
 import zstandard
 
 from agentrl.errors import CodecError
-from agentrl.stream import codec
+from agentrl.stream import arrays, codec
 from agentrl.stream.codec import decode, encode
 from agentrl.testing.stream_doubles import make_close, make_trajectory
 from agentrl.types import GroupClose, Segment, Trajectory, Turn, content_digest
@@ -90,12 +90,12 @@ def test_digest_depends_on_exactly_what_is_trained() -> None:
     t = make_trajectory()
     assert content_digest(t) == content_digest(replace(t, reward=0.0, id="other", turns=()))
     segment = t.segments[0]
-    for arrays in (
+    for edits in (
         {"ids": changed(segment.ids, 3, 1)},
         {"logprobs": changed(segment.logprobs, 10, -9.0)},
         {"versions": changed(segment.versions, 10, 5)},
     ):
-        assert content_digest(with_arrays(t, **arrays)) != content_digest(t)
+        assert content_digest(with_arrays(t, **edits)) != content_digest(t)
     assert content_digest(replace(t, segments=t.segments * 2)) != content_digest(t)
     assert content_digest(t).startswith("sha256:")
     assert content_digest(t) == content_digest(decode(encode(t)))  # pyright: ignore[reportArgumentType]
@@ -109,6 +109,7 @@ def test_digest_depends_on_exactly_what_is_trained() -> None:
         ({"logprobs": (10, 0.5)}, "above 0.001"),
         ({"logprobs": (2, -0.1)}, "mask 0 have a logprob"),
         ({"logprobs": (2, np.nan)}, "mask 0 have a logprob"),
+        ({"logprobs": (2, -0.0)}, "mask 0 have a logprob"),
         ({"versions": (10, -1)}, "no policy version"),
         ({"versions": (2, 0)}, "version other than -1"),
         ({"ids": (0, -5)}, "token id -5 is negative"),
@@ -170,11 +171,19 @@ def test_inconsistent_closes_are_refused(fields: dict[str, Any], message: str) -
         encode(replace(close, **fields))
 
 
-def frame(raw: bytes, *, kind: int = 1, flags: int = 0, raw_size: int | None = None, stored: bytes | None = None) -> bytes:
+def frame(
+    raw: bytes,
+    *,
+    kind: int = 1,
+    flags: int = 0,
+    raw_size: int | None = None,
+    stored: bytes | None = None,
+    schema: int = codec.SCHEMA,
+) -> bytes:
     """A frame whose checksum is right, so that what lies behind the checksum is reached."""
     stored = raw if stored is None else stored
     size = len(raw) if raw_size is None else raw_size
-    head = struct.pack("<4sHBBII", codec.MAGIC, codec.SCHEMA, kind, flags, size, len(stored))
+    head = struct.pack("<4sHBBII", codec.MAGIC, schema, kind, flags, size, len(stored))
     return head + struct.pack("<I", zlib.crc32(stored, zlib.crc32(head))) + stored
 
 
@@ -202,10 +211,13 @@ def test_helper_that_rewrites_headers_makes_valid_entries() -> None:
         ({"reward": float("nan")}, "reward=nan"),
         ({"surprise": 1}, "unknown field"),
         ({"layout": "ids:<i8"}, "dtypes"),
-        ({"segments": [[25, 8]]}, "wrong length"),
+        ({"segments": [[25, 8, 2, 16, 1]]}, "wrong length"),
+        ({"segments": [[24, 8]]}, "sizes that no writer gives"),
+        ({"segments": [[24, 8, 2, 15, 1]]}, "wrong length"),
+        ({"segments": [[24, 8, 2, 14, 2]]}, "marks 16 tokens but 14 logprobs"),
         ({"segments": [[-1, 0]]}, "prompt_length=0 outside"),
         ({"segments": [[24, 30]]}, "prompt_length=30"),
-        ({"segments": [[24, 9]]}, "9-token prompt"),
+        ({"segments": [[24, 9, 2, 16, 1]]}, "9-token prompt"),
         ({"reward": "much"}, "malformed"),
     ],
 )
@@ -217,9 +229,63 @@ def test_bad_header_behind_a_good_checksum_is_refused(header: dict[str, Any], me
 def test_mask_bits_past_the_end_are_refused() -> None:
     raw = bytearray(raw_body(encode(make_trajectory(num_tokens=13))))
     (size,) = struct.unpack_from("<I", raw)
-    raw[4 + size + 4 * 13 + 1] |= 0x80
+    raw[4 + size + 2 * 13 + 1] |= 0x80
     with pytest.raises(CodecError, match="past its 13 tokens"):
         decode(frame(bytes(raw)))
+
+
+def test_versions_that_do_not_cover_the_mask_are_refused() -> None:
+    raw = bytearray(raw_body(encode(make_trajectory(num_tokens=13))))
+    raw[-8] += 1
+    with pytest.raises(CodecError, match="marks 5 tokens but versions of 6 follow"):
+        decode(frame(bytes(raw)))
+
+
+@pytest.mark.parametrize(("largest", "id_bytes"), [(0, 2), (65_535, 2), (65_536, 3), (2**24 - 1, 3), (2**24, 4), (2**31 - 1, 4)])
+def test_ids_take_as_many_bytes_as_the_largest_needs(largest: int, id_bytes: int) -> None:
+    t = make_trajectory(num_tokens=20)
+    t = with_arrays(t, ids=np.array([*range(19), largest], np.int32))
+    assert content_digest(decode(encode(t))) == content_digest(t)  # pyright: ignore[reportArgumentType]
+    assert arrays.write(t.segments[0])[0].id_bytes == id_bytes
+
+
+@pytest.mark.parametrize("mask", [[0] * 9, [1] * 9, [0, 1] * 200, [0, 0, 1, 1, 0, 1, 0, 0, 1]])
+@pytest.mark.parametrize("versions", [[7], [3, 3, 4, 2**31 - 1]])
+def test_any_mask_and_any_versions_survive(mask: list[int], versions: list[int]) -> None:
+    sampled = np.array(mask, np.bool_)
+    n = len(sampled)
+    t = with_arrays(
+        make_trajectory(), ids=np.arange(n, dtype=np.int32), mask=sampled, prompt_length=0,
+        logprobs=np.where(sampled, -np.arange(n), 0).astype(np.float32),
+        versions=np.where(sampled, np.resize(versions, n), -1).astype(np.int32),
+    )  # fmt: skip
+    back = decode(encode(replace(t, turns=())))
+    assert content_digest(back) == content_digest(t)  # pyright: ignore[reportArgumentType]
+
+
+def as_schema_1(t: Trajectory, **edits: Any) -> bytes:
+    """The entry as versions before schema 2 wrote it."""
+    raw = raw_body(encode(t))
+    (size,) = struct.unpack_from("<I", raw)
+    fields = msgspec.msgpack.decode(raw[4 : 4 + size]) | {"layout": arrays.LAYOUT_1}
+    fields["segments"] = [[len(s.ids), s.prompt_length] for s in t.segments]
+    packed = msgspec.msgpack.encode(fields)
+    body = struct.pack("<I", len(packed)) + packed
+    for s in t.segments:
+        body += s.ids.tobytes() + np.packbits(s.mask, bitorder="little").tobytes()
+        body += edits.get("logprobs", s.logprobs).tobytes() + s.versions.tobytes()
+    return frame(body, flags=1, raw_size=len(body), stored=zstandard.ZstdCompressor().compress(body), schema=1)
+
+
+def test_entries_that_an_older_version_left_on_the_stream_are_read_and_checked() -> None:
+    t = make_trajectory(4, 2, num_tokens=300, version=3)
+    t = replace(t, segments=t.segments * 2)
+    back = decode(as_schema_1(t))
+    assert isinstance(back, Trajectory)
+    assert content_digest(back) == content_digest(t)
+    assert (back.id, back.turns, encode(back)) == (t.id, t.turns, encode(t))
+    with pytest.raises(CodecError, match="mask 0 have a logprob"):
+        decode(as_schema_1(t, logprobs=changed(t.segments[0].logprobs, 2, -0.1)))
 
 
 @pytest.mark.parametrize(
