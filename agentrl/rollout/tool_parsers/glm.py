@@ -17,6 +17,8 @@ class GlmParser:
 
     name = "glm"
     markers: tuple[str, ...] = (_KEY, _VALUE)
+    openers: tuple[str, ...] = (OPEN,)
+    line_openers: tuple[str, ...] = ()
 
     def find_calls(self, text: str, *, is_cut: bool = False) -> list[FoundCall]:
         """The calls of one turn."""

@@ -28,6 +28,8 @@ class HermesParser:
 
     name = "hermes"
     markers: tuple[str, ...] = ('{"name"', "<tool_call>")
+    openers: tuple[str, ...] = (OPEN,)
+    line_openers: tuple[str, ...] = ()
 
     def find_calls(self, text: str, *, is_cut: bool = False) -> list[FoundCall]:
         """The calls of one turn. Calls the model only thought about, inside ``<think>``, are not calls."""

@@ -22,6 +22,8 @@ class Qwen3CoderParser:
 
     name = "qwen3_coder"
     markers: tuple[str, ...] = (_FUNCTION, _PARAMETER)
+    openers: tuple[str, ...] = (OPEN, _FUNCTION)
+    line_openers: tuple[str, ...] = ()
 
     def find_calls(self, text: str, *, is_cut: bool = False) -> list[FoundCall]:
         """The calls of one turn."""
