@@ -60,7 +60,18 @@ class Env(Protocol):
         return None
 
     async def close(self, state: Any) -> None:
-        """Release what ``open`` returned. Always runs once ``open`` returned, also after a cancellation."""
+        """Release what ``open`` or ``resume`` returned. Always runs once it returned, also after a cancellation."""
+
+    async def save(self, state: Any) -> Mapping[str, Any] | None:
+        """What ``resume`` needs to go on from here in another process, as JSON has it (``serve.resume_partial``).
+
+        Asked after each reply and each turn of tools. None, as by default: a rollout that a restart cut starts again.
+        """
+        return None
+
+    async def resume(self, task: Task, saved: Mapping[str, Any], *, trajectory_id: str) -> Any:
+        """The state that ``save`` was given, from what it returned; in place of ``open``. Only for an Env that saves."""
+        raise NotImplementedError
 
 
 @dataclass(slots=True, kw_only=True)
