@@ -9,7 +9,7 @@ render of the whole conversation. Ids of a segment's prompt are never trained on
 import asyncio
 import dataclasses
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -229,7 +229,7 @@ class Session:
         return Openings(self.state.parser if ask.tools and ask.parses_calls else None)
 
     @contextmanager
-    def _recorded_if_broken_off(self, request: _Request) -> Iterator[None]:
+    def _recorded_if_broken_off(self, request: _Request) -> Generator[None]:
         if not request.streams:
             yield
             return
