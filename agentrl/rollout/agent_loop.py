@@ -9,7 +9,7 @@ Waits for: a server (``server``), a tool (``tool:<name>``), an environment (``en
   calls was cut by the per-turn limit. A cut turn *with* calls goes on: the missing end of the turn is appended as
   observation, and a half-written call is answered with the reason.
 - ``tool_limit``: too many calls were malformed, unknown or invalid.
-- ``deadline``: the rollout's own deadline passed; what was in progress is left out.
+- ``deadline``: the rollout's own deadline passed; what was in progress is left out, unless an agent was reading it.
 - ``aborted`` and ``error:<kind>``: nothing to train on; raised as ``RolloutError`` with the partial record attached.
 
 All but the last are scored on what the assistant wrote.

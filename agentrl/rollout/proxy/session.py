@@ -213,17 +213,19 @@ class Session:
         left = state.tokens_left - (0 if plan.start is None else len(plan.observed))
         if left < 1:
             raise LimitReached("max_tokens", f"the rollout has used its {state.limits.max_tokens} response tokens (serve.tokens)")
-        streams = [] if show is None else [self._stream(ask, plan, partial(show, index)) for index in range(n)]
+        streams = [] if show is None else [self._stream(ask, partial(show, index)) for index in range(n)]
         request = _Request(ask=ask, names=names, plan=plan, context=context, started=time.monotonic(), streams=streams)
         with self._recorded_if_broken_off(request):
             generations = [await self._sample(request, left)] if n == 1 else await self._sample_many(n, request, left)
+            if self.is_closed:  # between the last token and here
+                raise SessionClosed("the rollout ended while this request ran")
         # From here on nothing waits, so what was not streamed is on record whole or not at all.
         return [self._record(request, g, streams[index] if streams else None) for index, g in enumerate(generations)]
 
     # Streaming
 
-    def _stream(self, ask: Ask, plan: _Plan, show: Callable[[Delta], None]) -> TurnStream:
-        return TurnStream(plan.template, stops=ask.stop, openings=self._openings(ask), show=show)
+    def _stream(self, ask: Ask, show: Callable[[Delta], None]) -> TurnStream:
+        return TurnStream(self.state.template, stops=ask.stop, openings=self._openings(ask), show=show)
 
     def _openings(self, ask: Ask) -> Openings:
         return Openings(self.state.parser if ask.tools and ask.parses_calls else None)
@@ -249,7 +251,7 @@ class Session:
             generation = stream.so_far()
             if generation is None:
                 continue
-            at = _tokens_to_stop(request.plan.template, generation.ids, 0, request.ask.stop)
+            at = _tokens_to_stop(self.state.template, generation.ids, 0, request.ask.stop)
             generation = generation if at is None else _cut(generation, at)
             segment, _ = self._append(request, generation)
             self._remember(request, {"role": "assistant", "content": stream.shown}, generation, segment)
