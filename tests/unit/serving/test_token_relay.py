@@ -114,6 +114,23 @@ async def test_tokens_of_an_update_under_way_wait_until_it_is_verified() -> None
     assert ear.versions == generation.versions == [0] * 5 + [1] * 3
 
 
+@pytest.mark.asyncio
+async def test_tokens_of_an_adapter_are_told_with_its_version_while_they_arrive() -> None:
+    ear = Ear()
+    async with FakeSGLang(label="base") as server, AsyncLLMServerManager() as manager:
+        server.adapters[V1] = "somewhere"
+        manager.add_server(server.url)
+        manager.set_verified(server.url, V1, adapter=V1)
+        manager.require_version(V1)
+        server.hold_after(tokens=5)
+        async with asyncio.TaskGroup() as group:
+            running = group.create_task(ask(manager, ear, num_tokens=8))
+            await until(lambda: len(ear.ids) == 5)
+            server.let_go()
+    assert ear.ids == running.result().ids == pseudo_tokens(PROMPT, 8)
+    assert ear.versions == running.result().versions == [1] * 8
+
+
 def test_only_verified_labels_are_told_as_they_arrive() -> None:
     ear = Ear()
     relay = TokenRelay(ear)
