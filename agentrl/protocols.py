@@ -3,9 +3,9 @@
 ``Env`` and ``Tool`` are what users write; the others hold the stages apart, which never import each other.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from agentrl.types import (
     Episode,
@@ -13,6 +13,7 @@ from agentrl.types import (
     GroupClose,
     Message,
     PolicyRecord,
+    SampledTokens,
     SamplingParams,
     Score,
     Task,
@@ -59,7 +60,18 @@ class Env(Protocol):
         return None
 
     async def close(self, state: Any) -> None:
-        """Release what ``open`` returned. Always runs once ``open`` returned, also after a cancellation."""
+        """Release what ``open`` or ``resume`` returned. Always runs once it returned, also after a cancellation."""
+
+    async def save(self, state: Any) -> Mapping[str, Any] | None:
+        """What ``resume`` needs to go on from here in another process, as JSON has it (``serve.resume_partial``).
+
+        Asked after each reply and each turn of tools. None, as by default: a rollout that a restart cut starts again.
+        """
+        return None
+
+    async def resume(self, task: Task, saved: Mapping[str, Any], *, trajectory_id: str) -> Any:
+        """The state that ``save`` was given, from what it returned; in place of ``open``. Only for an Env that saves."""
+        raise NotImplementedError
 
 
 @dataclass(slots=True, kw_only=True)
@@ -101,6 +113,10 @@ class Tool(Protocol):
         """Release it. Always runs, also after cancellation."""
 
 
+TokenListener: TypeAlias = Callable[[SampledTokens], None]
+"""Told the tokens of a generation as they arrive. It returns at once and never raises."""
+
+
 class Generator(Protocol):
     """Sample tokens. ``AsyncLLMServerManager`` is the real one."""
 
@@ -112,6 +128,7 @@ class Generator(Protocol):
         trajectory_id: str,
         group_id: str,
         deadline: float,
+        on_tokens: TokenListener | None = None,
     ) -> Generation:
         """Continue ``ids``.
 
@@ -121,6 +138,10 @@ class Generator(Protocol):
             trajectory_id: later turns go where its cache is.
             group_id: the siblings' first turns go to one server.
             deadline: seconds from now after which ``DeadlineExceeded`` is raised.
+            on_tokens: told the tokens while they are sampled, for a caller that shows them at once or wants what there is of a
+                generation that it breaks off. All it was told when the call returns are the ids of the `Generation`, in order
+                and once each, whatever servers they came from; a version may still be set right at the end, as where a stream
+                breaks. A generator that cannot stream tells nothing.
 
         Raises:
             GenerationError: no server could generate.

@@ -6,7 +6,7 @@ Every per-token array is ``[T]``; entry ``t`` describes token ``t``. Nothing her
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +64,16 @@ class Generation:
     cached_tokens: int = 0
     """Prompt tokens that were not computed again."""
     ms: float = 0.0
+
+
+class SampledTokens(NamedTuple):
+    """The newest tokens of a generation that goes on, each with what `Generation` says of it."""
+
+    ids: Sequence[int]
+    logprobs: Sequence[float]
+    versions: Sequence[int]
+    server: str
+    """Url of the server that sampled them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

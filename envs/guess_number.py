@@ -8,7 +8,8 @@ import hashlib
 import math
 import random
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,12 @@ class GuessNumber(Env):
             highest = int(episode.task.extra_info.get("highest") or HIGHEST)
             reward = self._turn_reward * math.log2(before / game.candidates) / math.log2(highest)
         return Reply(text=hint or None, reward=reward)
+
+    async def save(self, state: Game) -> dict[str, Any]:
+        return asdict(state)
+
+    async def resume(self, task: Task, saved: Mapping[str, Any], *, trajectory_id: str) -> Game:
+        return Game(**saved)
 
     async def score(self, episode: Episode) -> Score:
         game: Game = episode.state

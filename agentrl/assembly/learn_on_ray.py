@@ -1,26 +1,23 @@
 """``agentrl learn`` with ``learn.launcher=ray``: the learner's ranks as workers of Ray Train's TorchTrainer.
 
 Ray places the ranks and, when one dies, starts all of them again, up to ``learn.max_failures`` times. What they resume from is our
-own checkpoint, which alone knows what was acknowledged; nothing is reported to Ray. Ray is imported here only, and ships a
-worker nothing but the name of `_rank` and JSON.
+own checkpoint, which alone knows what was acknowledged; nothing is reported to Ray, and it ships a worker nothing but the name of
+`_rank` and JSON.
 
 Waits for: the ranks (a thread sits in ``fit``); a signal, which is passed on to rank 0 as a file in the run folder.
 """
 
-import contextlib
-import importlib
 import logging
 import os
 import socket
-import sys
 import threading
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from agentrl.assembly.learn import StopFlag, learn_as_rank
 from agentrl.assembly.parts import REDIS_URL_VARIABLE, run_dir_of, stream_url
+from agentrl.assembly.ray_cluster import joined_ray, last_line, settle, surroundings
 from agentrl.config import Config
 from agentrl.errors import AgentRLError, ConfigError
 from agentrl.telemetry.logs import setup_logging
@@ -30,8 +27,6 @@ log = logging.getLogger(__name__)
 
 RANK_ROLE = "learn-rank-"
 POLL_S = 0.2
-OBJECT_STORE_BYTES = 128 << 20
-"""Of a Ray that is started here: trajectories and weights do not go through it."""
 
 
 class RanksFailed(AgentRLError):
@@ -50,8 +45,11 @@ def learn_with_ray(config: Config, directory: RunDir) -> None:
     started_file.parent.mkdir(parents=True, exist_ok=True)
     started_file.touch()
     url = stream_url(config, directory)
-    with _cluster(config) as resources:
-        trainer = _trainer(config, directory, url, resources)
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # paths in a config are relative to where the command was given
+    learn = config.learn
+    needed = learn.ranks * learn.threads
+    with joined_ray("learn.launcher", address=learn.ray_address, num_cpus=needed, modules=["ray.train.torch"]) as ray:
+        trainer = _trainer(config, directory, url, ray.cluster_resources())
         outcome: list[BaseException] = []
 
         def fit() -> None:
@@ -80,11 +78,7 @@ def learn_with_ray(config: Config, directory: RunDir) -> None:
 
 def _rank(settings: Mapping[str, Any]) -> None:
     """One rank, inside a Ray Train worker whose process group is up."""
-    for path in settings["path"]:
-        if path not in sys.path:
-            sys.path.append(path)
-    with contextlib.suppress(OSError):  # another machine may lack the folder; relative paths are then the user's to avoid
-        os.chdir(settings["cwd"])
+    settle(settings)
     os.environ[REDIS_URL_VARIABLE] = settings["url"]
     config = Config.model_validate_json(settings["config"])
     setup_logging("learn", config.log.level)
@@ -122,8 +116,7 @@ def _trainer(config: Config, directory: RunDir, url: str, resources: Mapping[str
             f"{resources.get('CPU', 0):g}: lower them, or join a larger cluster with learn.ray_address"
         )
     settings = {
-        "config": config.model_dump_json(), "url": url, "cwd": str(Path.cwd()), "host": socket.gethostname(),
-        "path": [p for p in sys.path if p],
+        "config": config.model_dump_json(), "url": url, "host": socket.gethostname(), **surroundings(),
     }  # fmt: skip
     return TorchTrainer(
         _rank,
@@ -145,41 +138,6 @@ def _trainer(config: Config, directory: RunDir, url: str, resources: Mapping[str
     )
 
 
-@contextmanager
-def _cluster(config: Config) -> Generator[dict[str, float]]:
-    """Join the cluster, or start a Ray of our own on this machine; yields what it offers."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # paths in a config are relative to where the command was given
-    ray = _ray()
-    is_ours = not ray.is_initialized()
-    if is_ours:
-        address = config.learn.ray_address or os.environ.get("RAY_ADDRESS")
-        own = {
-            "num_cpus": max(os.cpu_count() or 1, config.learn.ranks * config.learn.threads),
-            "object_store_memory": OBJECT_STORE_BYTES,
-        }
-        try:
-            ray.init(address=address, include_dashboard=False, logging_level=logging.WARNING, **({} if address else own))
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ConfigError(f"learn.launcher=ray: no Ray at {address or 'this machine'}: {error}") from error
-    try:
-        yield dict(ray.cluster_resources())
-    finally:
-        if is_ours:
-            ray.shutdown()
-
-
-def _ray() -> Any:
-    try:
-        importlib.import_module("ray.train.torch")  # absent where ray was installed without [train]
-        return importlib.import_module("ray")
-    except ImportError as error:
-        raise ConfigError(
-            f"learn.launcher=ray needs Ray Train, which is not installed ({error}): pip install 'agentrl[ray]', or set "
-            f"learn.launcher=local"
-        ) from error
-
-
 def _stop_file(directory: RunDir) -> Path:
     return directory.status / "learn.stop"
 
@@ -193,5 +151,5 @@ def _cause(error: BaseException) -> str:
     failures: Mapping[int, BaseException] = getattr(error, "worker_failures", {})
     if failures:
         rank, first = min(failures.items())
-        return f"rank {rank}: {str(first).strip().splitlines()[-1]}"
-    return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        return f"rank {rank}: {last_line(first)}"
+    return last_line(error)

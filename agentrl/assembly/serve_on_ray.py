@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import socket
-import sys
 import threading
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -23,6 +22,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
+from agentrl.assembly.ray_cluster import import_ray, joined_ray, last_line, settle, surroundings
 from agentrl.assembly.serve_workers import WorkerOrder, orders
 from agentrl.assembly.worker_status import fresh_statuses, summed
 from agentrl.config import Config
@@ -36,8 +36,6 @@ log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 0.5
 AGAIN_AFTER_S = 2.0
-OBJECT_STORE_BYTES = 128 << 20
-"""Of a Ray that is started here: nothing large goes through it."""
 OwnEngineSpec: TypeAlias = EmbeddedEngineSpec | SGLangEngineSpec
 SPECS: Mapping[str, type[OwnEngineSpec]] = {"embedded": EmbeddedEngineSpec, "sglang": SGLangEngineSpec}
 
@@ -49,20 +47,14 @@ async def cluster(config: Config) -> AsyncGenerator[Any]:
     Raises:
         ConfigError: Ray is not installed or cannot be reached.
     """
-    ray = _ray()
-    address = config.serve.ray_address or os.environ.get("RAY_ADDRESS")
-    needed = config.serve.workers + config.serve.replicas * config.serve.engine_cpus
-    own = {"num_cpus": max(os.cpu_count() or 1, needed), "object_store_memory": OBJECT_STORE_BYTES}
+    serve = config.serve
+    needed = serve.workers + serve.replicas * serve.engine_cpus
+    connection = contextlib.ExitStack()  # so that both ends of it run in a thread
     try:
-        await asyncio.to_thread(
-            ray.init, address=address, include_dashboard=False, logging_level=logging.WARNING, **({} if address else own)
-        )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"serve.launcher=ray: no Ray at {address or 'this machine'}: {error}") from error
-    try:
-        yield ray
+        joining = joined_ray("serve.launcher", address=serve.ray_address, num_cpus=needed)
+        yield await asyncio.to_thread(connection.enter_context, joining)
     finally:
-        await asyncio.to_thread(ray.shutdown)
+        await asyncio.to_thread(connection.close)
 
 
 class RayWorkers:
@@ -118,8 +110,8 @@ class RayWorkers:
                 await actor.play.remote(msgspec.json.encode(order).decode())
             except self._ray.exceptions.RayError as error:
                 if not self._draining.is_set():
-                    log.warning("worker actor died name=%s error=%s", order.name, _first_line(error))
-                    self._directory.event("child_exited", role=order.name, code=None, error=_first_line(error))
+                    log.warning("worker actor died name=%s error=%s", order.name, last_line(error))
+                    self._directory.event("child_exited", role=order.name, code=None, error=last_line(error))
                     await asyncio.sleep(AGAIN_AFTER_S)
             finally:
                 self._actors.pop(order.name, None)
@@ -191,8 +183,8 @@ class RayEngines:
                 try:
                     await self._follow(index, spec, group)
                 except self._ray.exceptions.RayError as error:
-                    log.warning("engine actor died index=%d error=%s", index, _first_line(error))
-                    self._directory.event("child_exited", role=f"engine-{index}", code=None, error=_first_line(error))
+                    log.warning("engine actor died index=%d error=%s", index, last_line(error))
+                    self._directory.event("child_exited", role=f"engine-{index}", code=None, error=last_line(error))
                 await asyncio.sleep(AGAIN_AFTER_S)
         finally:
             self._ray.util.remove_placement_group(group)
@@ -317,7 +309,7 @@ class EngineActor:
         try:
             asyncio.run(self._fleet.run())
         except BaseException as error:  # noqa: BLE001 - told to the caller of the next report
-            self._error = _first_line(error)
+            self._error = last_line(error)
 
     def report(self) -> str:
         """Where it answers: ``url`` (empty while it does not), ``incarnation``, ``host``, ``processes``."""
@@ -333,34 +325,15 @@ class EngineActor:
         )
 
 
-def _ray() -> Any:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray
-    except ImportError as error:
-        raise ConfigError(f"serve.launcher=ray: {error}. pip install 'agentrl[ray]', or set serve.launcher=local") from error
-    return ray
-
-
 def _surroundings() -> dict[str, Any]:
-    """What an actor needs to be like the process that made it."""
-    return {"path": [p for p in sys.path if p], "cwd": os.getcwd(), "address": _node_address()}
+    return {**surroundings(), "address": _node_address()}
 
 
-def _settle(surroundings: Mapping[str, Any]) -> None:
-    sys.path.extend(p for p in surroundings["path"] if p not in sys.path)
-    with contextlib.suppress(OSError):  # another machine may lack the folder
-        os.chdir(surroundings["cwd"])
+def _settle(given: Mapping[str, Any]) -> None:
+    settle(given)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def _node_address() -> str:
-    return str(_ray().util.get_node_ip_address())
-
-
-def _first_line(error: BaseException) -> str:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    lines = str(error).strip().splitlines()
-    return lines[-1] if lines else type(error).__name__
+    return str(import_ray("serve.launcher").util.get_node_ip_address())

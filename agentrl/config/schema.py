@@ -179,8 +179,8 @@ class ServeConfig(Section):
     """Requests in flight per engine; the rest wait in serve, evaluation and begun rollouts first. ``auto`` follows each engine's own
     queue and cache; null leaves queueing to the engines."""
     resume_partial: bool = True
-    """Keep completed turns of unfinished rollouts in Redis, so that a restarted ``serve`` goes on from them (loop ``tool_agent``, where
-    no tool holds state)."""
+    """Keep completed turns of unfinished rollouts in Redis, so that a restarted ``serve`` goes on from them (loops ``tool_agent`` and
+    ``env``, where no tool holds state and the Env saves its own)."""
     context: ContextConfig | None = None
     """Rewrite long contexts; none by default."""
     weight_sync: Literal["in_place", "retract", "abort", "rolling"] = "in_place"

@@ -9,7 +9,7 @@ Waits for: a server (``server``), a tool (``tool:<name>``), an environment (``en
   calls was cut by the per-turn limit. A cut turn *with* calls goes on: the missing end of the turn is appended as
   observation, and a half-written call is answered with the reason.
 - ``tool_limit``: too many calls were malformed, unknown or invalid.
-- ``deadline``: the rollout's own deadline passed; what was in progress is left out.
+- ``deadline``: the rollout's own deadline passed; what was in progress is left out, unless an agent was reading it.
 - ``aborted`` and ``error:<kind>``: nothing to train on; raised as ``RolloutError`` with the partial record attached.
 
 All but the last are scored on what the assistant wrote.
@@ -339,28 +339,37 @@ class RolloutState:
             raise RolloutError(f"a turn reward of {value} came before the model's first turn; give it after a turn")
         self.turn_rewards.append((last.segment, last.end - 1, float(value)))
 
-    async def keep(self) -> None:
-        """Keep the turns so far for a restart of the process. Call it where the loop would go on by generating."""
+    async def keep(self, *, env_saved: str | None = None, is_resumable: bool = True) -> None:
+        """Keep the turns so far for a restart of the process. Call it where the loop would go on by generating.
+
+        Args:
+            env_saved: what the loop's Env needs to go on, in a loop that has one.
+            is_resumable: the loop could go on from here; else it is only counted how much a restart wastes.
+        """
         if self.partials is None:
             return
         progress = None
-        if self.tools.is_replayable:
+        if self.tools.is_replayable and is_resumable:
             progress = Progress(
                 num_turns=self.num_turns, num_invalid=self.num_invalid, tool_rewards=self.tool_rewards, final_from=self.final_from,
                 texts=self.texts, calls=self.calls, result_spans=self.result_spans, turn_rewards=self.turn_rewards,
-                created=self.created,
+                created=self.created, env_saved=env_saved,
             )  # fmt: skip
         await self.partials.save(self.trajectory_id, snapshot(self.builder, progress))
 
-    async def resume(self) -> None:
-        """Take up what an earlier process kept of this rollout, if it can be taken up."""
+    async def resume(self, *, with_env: bool = False) -> str | None:
+        """Take up what an earlier process kept of this rollout, if it can be taken up; returns what its Env saved."""
         if self.partials is None:
-            return
-        progress = await self.partials.load(self.trajectory_id, self.builder)
+            return None
+        progress = await self.partials.load(self.trajectory_id, self.builder, with_env=with_env)
         if progress is None:
-            return
-        for name in Progress.__slots__:
-            setattr(self, name, getattr(progress, name))
+            return None
+        self.num_turns, self.num_invalid = progress.num_turns, progress.num_invalid
+        self.tool_rewards, self.final_from = progress.tool_rewards, progress.final_from
+        self.texts, self.calls = progress.texts, progress.calls
+        self.result_spans, self.turn_rewards = progress.result_spans, progress.turn_rewards
+        self.created = progress.created
+        return progress.env_saved
 
     def episode(self, stop: Stop) -> Episode:
         """What scoring sees."""
@@ -484,7 +493,7 @@ async def run_rollout(
         parser: tool-call format of the model.
         require_versions: refuse tokens without a policy version; off to evaluate foreign servers.
         host: runs agents for the loop ``proxy``.
-        partials: keeps completed turns for a restart of the process (loop ``tool_agent``); None keeps nothing.
+        partials: keeps completed turns for a restart of the process (loops ``tool_agent`` and ``env``); None keeps nothing.
 
     Raises:
         RolloutError: nothing to train on. ``kind`` says why; ``partial`` holds the `Rollout` so far, with stop

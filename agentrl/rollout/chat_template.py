@@ -29,7 +29,7 @@ from typing import Any, Literal, NamedTuple
 from agentrl.errors import TemplateError
 from agentrl.rollout.template_self_test import WHAT_TO_DO, TemplateReport, self_test
 from agentrl.rollout.token_diff import show_difference
-from agentrl.rollout.token_text import TokenText
+from agentrl.rollout.token_text import GrowingText, TokenText
 from agentrl.types import Message
 
 _SPLIT = "\ufdd0"
@@ -203,6 +203,10 @@ class ChatTemplate:
     def decode_all(self, ids: Sequence[int]) -> str:
         """Text of any ids, control tokens included."""
         return self._text.decode(ids)
+
+    def growing_text(self) -> GrowingText:
+        """Decodes ids that come one after the other."""
+        return GrowingText(self._text)
 
     def self_test(
         self, *, roles: Sequence[Literal["tool", "user"]] = ("tool",), allow_rewrites: bool | None = None

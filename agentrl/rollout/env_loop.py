@@ -2,9 +2,13 @@
 
 A turn that calls tools gets their results, as in ``tool_agent``; any other turn goes to ``Env.reply``. Waits for
 ``env:<name>`` under ``Limits.env_timeout_s``, besides what every loop waits for.
+
+After a restart of the process a rollout goes on where its Env can (``Env.save``, ``Env.resume``). Asking ``reply`` again for the
+turns on record would do only where an environment always says the same, which a simulated user does not.
 """
 
 import asyncio
+import json
 import logging
 import math
 import time
@@ -49,6 +53,7 @@ async def env_agent(state: RolloutState) -> Stop:
             stop = await state.call_tools(calls)
             if stop is not None:
                 return stop
+            await _keep(env, state)
             continue
         started = time.monotonic()
         reply = await _reply(env, state)
@@ -62,14 +67,35 @@ async def env_agent(state: RolloutState) -> Stop:
         ms = (time.monotonic() - started) * 1e3
         if not state.observe([{"role": "user", "content": text}], kind="env", name=_name(env), ms=ms):
             return "max_tokens"
+        await _keep(env, state)
 
 
 async def _open(env: Env, state: RolloutState) -> None:
-    if not hasattr(env, "open"):
+    """Open the rollout's state, or bring back the one that an earlier process saved."""
+    saved = await state.resume(with_env=True)
+    limit_s, task, name = state.limits.env_timeout_s, state.task, state.trajectory_id
+    if saved is not None:
+        opened = await _guarded(env, "resume", env.resume(task, json.loads(saved), trajectory_id=name), limit_s)
+    elif hasattr(env, "open"):
+        opened = await _guarded(env, "open", env.open(task, trajectory_id=name), limit_s)
+    else:
         return
-    opened = await _guarded(env, "open", env.open(state.task, trajectory_id=state.trajectory_id), state.limits.env_timeout_s)
     state.env_state = opened
     state.cleanup.push_async_callback(_close, env, opened)
+
+
+async def _keep(env: Env, state: RolloutState) -> None:
+    """Keep the turns so far, as far as the environment can go on from here."""
+    if state.partials is None:
+        return
+    saved = None
+    if hasattr(env, "save"):
+        try:
+            value = await _guarded(env, "save", env.save(state.env_state), state.limits.env_timeout_s)
+            saved = None if value is None else json.dumps(dict(value), allow_nan=False)
+        except (EnvError, TypeError, ValueError) as error:
+            logger.warning("env_save_failed env=%s: %s. A rollout that a restart cuts starts again", _name(env), error)
+    await state.keep(env_saved=saved, is_resumable=saved is not None)
 
 
 async def _reply(env: Env, state: RolloutState) -> Reply:

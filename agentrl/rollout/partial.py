@@ -1,8 +1,8 @@
 """Completed turns of unfinished rollouts, kept outside the process, so that a restarted ``serve`` goes on from them.
 
-A snapshot is taken after each turn whose tools have answered: a rollout continues there by generating. What a tool class or
-a tool's ``ctx.state`` holds cannot be brought back, so a rollout that used such tools starts again, and its tokens are counted
-as wasted. Losing a snapshot costs work, never correctness, so a store that fails is a warning.
+A snapshot is taken after each turn whose tools have answered, or the environment: a rollout continues there by generating. What
+a tool class, a tool's ``ctx.state`` or an Env that does not save holds cannot be brought back, so a rollout that used such
+starts again, and its tokens are counted as wasted. Losing a snapshot costs work, never correctness, so a store that fails is a warning.
 """
 
 import asyncio
@@ -51,6 +51,8 @@ class Progress:
     result_spans: list[ResultSpan]
     turn_rewards: list[tuple[int, int, float]]
     created: float
+    env_saved: str | None = None
+    """What ``Env.save`` gave, as JSON; None in loops without an Env."""
 
 
 class _Snapshot(msgspec.Struct, forbid_unknown_fields=True):
@@ -81,8 +83,13 @@ def snapshot(builder: TrajectoryBuilder, progress: Progress | None) -> bytes:
     )  # fmt: skip
 
 
-def restore(data: bytes, builder: TrajectoryBuilder) -> tuple[Progress | None, int]:
+def restore(data: bytes, builder: TrajectoryBuilder, *, with_env: bool) -> tuple[Progress | None, int]:
     """Bring a rollout back into a builder that holds its prompt only.
+
+    Args:
+        data: the snapshot.
+        builder: of the rollout.
+        with_env: the loop has an Env, whose state must come back too.
 
     Returns:
         Its progress and the tokens it had sampled; no progress where it cannot go on: it must start again, the builder is as
@@ -91,6 +98,8 @@ def restore(data: bytes, builder: TrajectoryBuilder) -> tuple[Progress | None, i
     try:
         kept = _decoder.decode(data)
         if kept.v != SCHEMA or kept.progress is None or not kept.segments:
+            return None, kept.num_sampled
+        if (kept.progress.env_saved is not None) != with_env:  # another loop's
             return None, kept.num_sampled
         segments = [_segment(fields) for fields in kept.segments]
     except (msgspec.MsgspecError, ValueError, KeyError, TypeError) as error:
@@ -118,12 +127,12 @@ class PartialRollouts:
     def stats(self) -> dict[str, int]:
         return {"resumed": self.resumed, "resumed_tokens": self.resumed_tokens, "wasted_tokens": self.wasted_tokens}
 
-    async def load(self, trajectory_id: str, builder: TrajectoryBuilder) -> Progress | None:
-        """Bring back what there is of a rollout; None starts it from its prompt."""
+    async def load(self, trajectory_id: str, builder: TrajectoryBuilder, *, with_env: bool = False) -> Progress | None:
+        """Bring back what there is of a rollout (see `restore`); None starts it from its prompt."""
         data = await self._try(self._store.load(trajectory_id))
         if not isinstance(data, bytes):
             return None
-        progress, num_sampled = restore(data, builder)
+        progress, num_sampled = restore(data, builder, with_env=with_env)
         if progress is None:
             self.wasted_tokens += num_sampled
             return None

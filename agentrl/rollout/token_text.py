@@ -10,6 +10,7 @@ give what the tokenizer itself gives, and left for good otherwise:
   UTF-8 replaced.)
 """
 
+import codecs
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -50,12 +51,17 @@ class TokenText:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``, control tokens included."""
-        if self._bytes is not None and (not ids or min(ids) >= 0):  # a negative index would count from the end
-            try:
-                return b"".join(map(self._bytes.__getitem__, ids)).decode("utf-8", "replace")
-            except IndexError:
-                pass  # an id the vocabulary lacks: the tokenizer knows what it does with it
-        return self._slowly(ids)
+        joined = self.bytes_of(ids)
+        return self._slowly(ids) if joined is None else joined.decode("utf-8", "replace")
+
+    def bytes_of(self, ids: Sequence[int]) -> bytes | None:
+        """The bytes of ``ids``; None where the decoder does more than join bytes, or the vocabulary lacks an id."""
+        if self._bytes is None or (ids and min(ids) < 0):  # a negative index would count from the end
+            return None
+        try:
+            return b"".join(map(self._bytes.__getitem__, ids))
+        except IndexError:
+            return None
 
     def _slowly(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -69,6 +75,33 @@ class TokenText:
         rng = random.Random(0)
         probes = [rng.choices(range(len(table)), k=24) for _ in range(_NUM_RANDOM_PROBES)]
         return all(b"".join(table[i] for i in ids).decode("utf-8", "replace") == self._slowly(ids) for ids in probes)
+
+
+class GrowingText:
+    """The text of ids that come one after the other: every character once, when no further id can change it."""
+
+    def __init__(self, text: TokenText) -> None:
+        self._text = text
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._ids: list[int] = []
+        self._joins_bytes = True
+        self._shown_from = self._shown_to = 0
+        """The text of ``ids[shown_from:shown_to]`` was given, and is decoded again as the context of what follows."""
+
+    def add(self, ids: Sequence[int]) -> str:
+        """The characters that these ids completed."""
+        self._ids += ids
+        joined = self._text.bytes_of(ids) if self._joins_bytes else None
+        if joined is not None:
+            self._shown_from = self._shown_to = len(self._ids)
+            return self._decoder.decode(joined)
+        self._joins_bytes = False
+        before = self._text.decode(self._ids[self._shown_from : self._shown_to])
+        now = self._text.decode(self._ids[self._shown_from :])
+        if not now.startswith(before) or now.endswith("\ufffd"):
+            return ""
+        self._shown_from, self._shown_to = self._shown_to, len(self._ids)
+        return now[len(before) :]
 
 
 def _byte_table(backend: Any, tokenizer: Any) -> list[bytes] | None:

@@ -7,6 +7,8 @@ health is not used either: a server that is paused for new weights does not answ
 
 import asyncio
 import logging
+import re
+from collections.abc import Iterable
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -20,6 +22,11 @@ log = logging.getLogger(__name__)
 
 POLL_S = 5.0
 TIMEOUT_S = 10.0
+GONE_AFTER_S = 30.0
+"""A router that was started again answers at once, with no workers until it has looked at each of them: that takes it seconds."""
+
+_RANK = re.compile(r"@\d+$")
+"""A router with ``--dp-aware`` lists a server once per data-parallel rank, with the rank behind its url."""
 
 
 class RouterServers:
@@ -32,6 +39,7 @@ class RouterServers:
         api_key: bearer key of router and servers (data endpoints).
         admin_key: bearer key of the servers' control endpoints.
         poll_s: how often the router is asked.
+        gone_after_s: how long the list must lack a server until it is removed.
     """
 
     def __init__(
@@ -43,10 +51,14 @@ class RouterServers:
         api_key: str | None = None,
         admin_key: str | None = None,
         poll_s: float = POLL_S,
+        gone_after_s: float = GONE_AFTER_S,
     ) -> None:
         self._url, self._manager, self._session = url.rstrip("/"), manager, session
         self._api_key, self._admin_key, self._poll_s = api_key, admin_key, poll_s
+        self._gone_after_s = gone_after_s
         self._known: set[str] = set()
+        self._missing_since: dict[str, float] = {}
+        """Loop time of the first answer without the server, for known ones that the latest lacks."""
         self._is_lost = False
 
     async def run(self) -> None:
@@ -60,7 +72,7 @@ class RouterServers:
                 await self._follow()
                 await asyncio.sleep(self._poll_s)
         finally:
-            self._adopt(set())
+            self._remove(list(self._known))
 
     async def _follow(self) -> None:
         try:
@@ -97,13 +109,19 @@ class RouterServers:
         return {_server_url(self._url, entry) for entry in entries}
 
     def _adopt(self, workers: set[str]) -> None:
+        now = asyncio.get_running_loop().time()
         for url in sorted(workers - self._known):
             log.info("router_server_added url=%s router=%s", url, self._url)
             self._manager.add_server(url, api_key=self._api_key, admin_key=self._admin_key)
-        for url in sorted(self._known - workers):
+        self._known |= workers
+        self._missing_since = {url: self._missing_since.get(url, now) for url in self._known - workers}
+        self._remove([url for url, since in self._missing_since.items() if now - since >= self._gone_after_s])
+
+    def _remove(self, urls: Iterable[str]) -> None:
+        for url in urls:
             log.info("router_server_removed url=%s router=%s", url, self._url)
             self._manager.remove_server(url)
-        self._known = workers
+            self._known.discard(url)
 
 
 def _entries(text: bytes) -> list[dict[str, Any]] | None:
@@ -120,7 +138,7 @@ def _entries(text: bytes) -> list[dict[str, Any]] | None:
 
 
 def _server_url(router: str, entry: dict[str, Any]) -> str:
-    url, kind = str(entry.get("url", "")), entry.get("worker_type", "regular")
+    url, kind = _RANK.sub("", str(entry.get("url", ""))), entry.get("worker_type", "regular")
     if kind != "regular":
         raise ConfigError(
             f"the router {router} has a {kind} worker at {url}: prefill and decode servers generate only together, and cannot be used "

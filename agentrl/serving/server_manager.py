@@ -23,12 +23,13 @@ from collections.abc import AsyncGenerator, Collection, Sequence
 from collections.abc import Generator as Yields
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from uuid import uuid4
 
 import aiohttp
 
 from agentrl.errors import DeadlineExceeded, GenerationError
-from agentrl.protocols import Generator
+from agentrl.protocols import Generator, TokenListener
 from agentrl.serving.load_policy import ConcurrencyPolicy
 from agentrl.serving.retry_budget import RetryBudget
 from agentrl.serving.routing import Candidate, Homes, Overload, choose_server
@@ -36,6 +37,7 @@ from agentrl.serving.server_fleet import COUNTERS, ServerFleet, WaitReason
 from agentrl.serving.server_health import ServerHealth
 from agentrl.serving.server_state import CircuitBreaker, Server, ServerStats, ServerView, Visit
 from agentrl.serving.sglang_client import EngineBusy, EngineRejected, EngineUnavailable, PartialGeneration, SGLangClient
+from agentrl.serving.token_relay import TokenRelay
 from agentrl.serving.waiting_room import Place, Priority, WaitingRoom
 from agentrl.supervise import waiting
 from agentrl.types import Generation, SamplingParams
@@ -62,6 +64,7 @@ class _Call:
     trajectory_id: str
     group_id: str
     priority: Priority = Priority.TRAINING
+    relay: TokenRelay | None = None
     so_far: PartialGeneration = field(default_factory=PartialGeneration)
     waits_for: str = "server"
     failures: int = 0
@@ -288,6 +291,7 @@ class AsyncLLMServerManager(Generator):
         trajectory_id: str,
         group_id: str,
         deadline: float,
+        on_tokens: TokenListener | None = None,
         priority: Priority = Priority.TRAINING,
     ) -> Generation:
         """Continue ``ids``; see ``agentrl.protocols.Generator``.
@@ -300,7 +304,8 @@ class AsyncLLMServerManager(Generator):
         """
         loop = asyncio.get_running_loop()
         started = loop.time()
-        call = _Call(ids, sampling, trajectory_id, group_id, priority)
+        relay = None if on_tokens is None else TokenRelay(on_tokens)
+        call = _Call(ids, sampling, trajectory_id, group_id, priority, relay)
         scope = asyncio.timeout(deadline)
         try:
             async with scope:
@@ -379,6 +384,8 @@ class AsyncLLMServerManager(Generator):
         call.waits_for = "server"
         try:
             async with self._on(server, call) as visit:
+                if call.relay is not None:
+                    visit.piece.on_arrival = partial(self._relay, call.relay, server, visit, len(call.so_far), is_checked)
                 await server.client.generate(
                     call.context,
                     replace(call.sampling, max_new_tokens=call.tokens_left),
@@ -422,7 +429,14 @@ class AsyncLLMServerManager(Generator):
         cached = call.so_far.cached_tokens or visit.piece.cached_tokens
         call.so_far.extend(visit.piece)
         call.so_far.cached_tokens = cached
+        if call.relay is not None:
+            call.relay.settled(call.so_far, server=server.url)
         return mismatch or failure
+
+    @staticmethod
+    def _relay(relay: TokenRelay, server: Server, visit: Visit, num_before: int, is_checked: bool) -> None:
+        certain = server.verified_labels(visit) if is_checked else None
+        relay.arrived(visit.piece, num_before=num_before, server=server.url, certain=certain)
 
     def _keep_legal(self, server: Server, visit: Visit, is_checked: bool) -> GenerationError | None:
         """Cut the piece before its first illegal label; quarantine the server if it served unknown weights."""
@@ -612,8 +626,21 @@ class _AtPriority(Generator):
     priority: Priority
 
     async def generate(
-        self, ids: Sequence[int], sampling: SamplingParams, *, trajectory_id: str, group_id: str, deadline: float
+        self,
+        ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        trajectory_id: str,
+        group_id: str,
+        deadline: float,
+        on_tokens: TokenListener | None = None,
     ) -> Generation:
         return await self.manager.generate(
-            ids, sampling, trajectory_id=trajectory_id, group_id=group_id, deadline=deadline, priority=self.priority
+            ids,
+            sampling,
+            trajectory_id=trajectory_id,
+            group_id=group_id,
+            deadline=deadline,
+            on_tokens=on_tokens,
+            priority=self.priority,
         )

@@ -183,9 +183,14 @@ class Server:
     def label_mark(self) -> int:
         return max(0, self.num_labels_dropped + len(self.labels) - 1)
 
+    def verified_labels(self, visit: Visit) -> set[str]:
+        """The labels verified since the visit began, and the one before: tokens that carry them stay legal."""
+        return set(self.labels[max(0, visit.label_mark - self.num_labels_dropped) :])
+
     def legal_labels(self, visit: Visit) -> set[str]:
-        legal = set(self.labels[max(0, visit.label_mark - self.num_labels_dropped) :])
-        return legal | {self.installing} if self.installing is not None else legal
+        """The same and the one being installed, which may still turn out otherwise."""
+        verified = self.verified_labels(visit)
+        return verified | {self.installing} if self.installing is not None else verified
 
     def remember(self, label: str) -> None:
         self.labels.append(label)

@@ -14,7 +14,7 @@ of the chunk it arrived in: at a version boundary up to one chunk of tokens may 
 import asyncio
 import math
 from array import array
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
@@ -64,6 +64,8 @@ class PartialGeneration:
     cached_tokens: int = 0
     last_arrival: float = -math.inf
     """Event-loop time of the newest token."""
+    on_arrival: Callable[[], None] | None = None
+    """Called when tokens were added."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -71,10 +73,11 @@ class PartialGeneration:
     @property
     def versions(self) -> list[int]:
         """Per token, the policy version; -1 where the label is not one of ours."""
-        known = {label: version_of_label(label) for label in set(self.labels)}
-        if len(known) == 1:
-            return list(known.values()) * len(self.labels)
-        return [known[label] for label in self.labels]
+        return _versions(self.labels)
+
+    def versions_of(self, start: int, end: int) -> list[int]:
+        """The same for the tokens ``[start, end)``."""
+        return _versions(self.labels[start:end])
 
     def truncate(self, length: int) -> None:
         """Forget the tokens from ``length`` on."""
@@ -187,10 +190,10 @@ class SGLangClient:
                 if response.status != 200:
                     raise _refusal(self.url, response.status, await response.text(), adapter)
                 if response.content_type == "application/json":
-                    self._take(orjson.loads(await response.read()), partial)
+                    self._take(orjson.loads(await response.read()), partial, adapter)
                 else:
                     async for payload in _events(response):
-                        self._take(orjson.loads(payload), partial)
+                        self._take(orjson.loads(payload), partial, adapter)
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise EngineUnavailable(
                 f"{self.url} broke off after {len(partial)} tokens of request {rid}: {error!r}. Look at that engine's log."
@@ -200,9 +203,6 @@ class SGLangClient:
                 f"{self.url} sent a chunk that is not SGLang's ({error!r}) after {len(partial)} tokens of request {rid}. "
                 "Check that the url is an SGLang or embedded engine."
             ) from error
-        finally:
-            if adapter is not None:
-                partial.labels[:] = [adapter] * len(partial)
         if partial.finish is None:
             raise EngineUnavailable(
                 f"{self.url} ended the stream of request {rid} after {len(partial)} tokens without a finish reason."
@@ -250,7 +250,7 @@ class SGLangClient:
             body["lora_path"] = adapter
         return body
 
-    def _take(self, chunk: Mapping[str, Any], partial: PartialGeneration) -> None:
+    def _take(self, chunk: Mapping[str, Any], partial: PartialGeneration, adapter: str | None) -> None:
         """Add one chunk, cumulative or incremental, to what arrived."""
         if "error" in chunk:
             raise _stream_error(self.url, chunk["error"])
@@ -276,15 +276,19 @@ class SGLangClient:
                 )
             partial.ids += new_ids
             partial.logprobs += logprobs
-            partial.labels += [str(meta.get("weight_version", ""))] * fresh
+            partial.labels += [str(meta.get("weight_version", "")) if adapter is None else adapter] * fresh
             partial.last_arrival = asyncio.get_running_loop().time()
         partial.prompt_tokens = meta.get("prompt_tokens") or partial.prompt_tokens
         partial.cached_tokens = meta.get("cached_tokens") or partial.cached_tokens
         finish = meta.get("finish_reason")
         if finish is not None:
-            self._finish(finish, meta, partial)
+            self._finish(finish, meta, partial, adapter)
+        if fresh > 0 and partial.on_arrival is not None:
+            partial.on_arrival()
 
-    def _finish(self, finish: Mapping[str, Any], meta: Mapping[str, Any], partial: PartialGeneration) -> None:
+    def _finish(
+        self, finish: Mapping[str, Any], meta: Mapping[str, Any], partial: PartialGeneration, adapter: str | None
+    ) -> None:
         kind = finish["type"]
         message = str(finish.get("message") or "")
         status = finish.get("status_code")
@@ -292,8 +296,9 @@ class SGLangClient:
             raise _refusal(self.url, int(status), message)
         if kind not in ("stop", "length", "abort"):
             raise EngineUnavailable(f"{self.url} finished with the unknown reason {kind!r}; it speaks another protocol.")
-        shift = 0 if meta.get("num_retractions") else self.span_shift
-        _relabel(partial.labels, meta.get("weight_versions") or (), shift)
+        if adapter is None:
+            shift = 0 if meta.get("num_retractions") else self.span_shift
+            _relabel(partial.labels, meta.get("weight_versions") or (), shift)
         partial.finish, partial.finish_message = kind, message
 
     # ---- control calls
@@ -495,6 +500,13 @@ class SGLangClient:
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             what = f"no answer within {timeout_s:g} s" if scope.expired() else repr(error)
             raise WeightSyncError(f"{self.url}{path} failed: {what}. Look at that engine's log.") from error
+
+
+def _versions(labels: Sequence[str]) -> list[int]:
+    known = {label: version_of_label(label) for label in set(labels)}
+    if len(known) == 1:
+        return list(known.values()) * len(labels)
+    return [known[label] for label in labels]
 
 
 def _highest(ids: Sequence[int]) -> int:

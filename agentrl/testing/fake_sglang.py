@@ -86,6 +86,7 @@ class _Live:
     is_aborted: bool = False
     is_lost: bool = False
     stall_at: int | None = None
+    hold_at: int | None = None
     ends_at: int | None = None
     is_running: bool = False
 
@@ -200,6 +201,8 @@ class FakeSGLang:
         self._stalled = False
         self._crashes: deque[int] = deque()
         self._stalls: deque[int] = deque()
+        self._holds: deque[int] = deque()
+        self._let_go = asyncio.Event()
         self._failures: deque[_Failure] = deque()
         self._failed_updates: deque[_Failure] = deque()
         self._prefixes: set[int] = set()
@@ -270,6 +273,15 @@ class FakeSGLang:
     def stall_after(self, *, tokens: int) -> None:
         """The next request falls silent when ``tokens`` tokens were sent; its connection stays open."""
         self._stalls.append(tokens)
+
+    def hold_after(self, *, tokens: int) -> None:
+        """The next request sends ``tokens`` tokens and samples no further one until ``let_go``."""
+        self._holds.append(tokens)
+        self._let_go.clear()
+
+    def let_go(self) -> None:
+        """Sample on where ``hold_after`` stopped."""
+        self._let_go.set()
 
     def fail_next(self, status: int, *, times: int = 1, message: str = "scripted") -> None:
         """Answer the next ``/generate`` calls with an error."""
@@ -373,6 +385,7 @@ class FakeSGLang:
             sampling=Sampling.of(sampling),
             rng=rng,
             stall_at=self._stalls.popleft() if self._stalls else None,
+            hold_at=self._holds.popleft() if self._holds else None,
         )
         if self._length is not None:
             live.ends_at = max(1, round(self._length(rng)))
@@ -481,6 +494,8 @@ class FakeSGLang:
             if self._pause_mode == "retract" and live.num_retractions == 0:
                 live.num_retractions = 1
             await self._resumed.wait()
+        if live.hold_at == len(live.ids):
+            await self._let_go.wait()
         while live.finish is None:
             is_last = live.ends_at is not None and len(live.ids) + 1 >= live.ends_at
             token, logprob = self._draw(live, is_last=is_last)
@@ -493,6 +508,8 @@ class FakeSGLang:
                 os._exit(1)
             if self.token_latency_s:
                 await asyncio.sleep(self.token_latency_s)
+                return
+            if len(live.ids) == live.hold_at:
                 return
 
     def _draw(self, live: _Live, *, is_last: bool) -> tuple[int, float]:

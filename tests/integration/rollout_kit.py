@@ -7,9 +7,9 @@ from typing import Any
 
 from agentrl.errors import SandboxError, ToolError
 from agentrl.plugins import tool
-from agentrl.protocols import ToolResult
+from agentrl.protocols import TokenListener, ToolResult
 from agentrl.rollout.trajectory_builder import TrajectoryBuilder
-from agentrl.types import Generation, GroupClose, SamplingParams, Task, Trajectory
+from agentrl.types import Generation, GroupClose, SampledTokens, SamplingParams, Task, Trajectory
 
 
 @dataclass
@@ -39,7 +39,14 @@ class ScriptedGenerator:
         self.generations: dict[str, list[Generation]] = {}
 
     async def generate(
-        self, ids: Sequence[int], sampling: SamplingParams, *, trajectory_id: str, group_id: str, deadline: float
+        self,
+        ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        trajectory_id: str,
+        group_id: str,
+        deadline: float,
+        on_tokens: TokenListener | None = None,
     ) -> Generation:
         done = self.generations.setdefault(trajectory_id, [])
         self.requests.append((trajectory_id, list(ids), sampling))
@@ -63,6 +70,11 @@ class ScriptedGenerator:
         }
         generation = Generation(**fields)
         done.append(generation)
+        for index, token in enumerate(generation.ids if on_tokens else ()):
+            assert on_tokens is not None
+            one = slice(index, index + 1)
+            on_tokens(SampledTokens([token], generation.logprobs[one], generation.versions[one], generation.server))
+            await asyncio.sleep(0)
         return generation
 
 

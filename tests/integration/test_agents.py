@@ -261,9 +261,12 @@ from openai import OpenAI
 client = OpenAI()
 task = json.loads(sys.stdin.read())
 messages = list(task["messages"])
-for _ in range(2):
-    answer = client.chat.completions.create(model=os.environ["OPENAI_MODEL"], messages=messages).choices[0].message
-    messages += [answer.model_dump(), {"role": "user", "content": "Once more."}]
+stream = client.chat.completions.create(model=os.environ["OPENAI_MODEL"], messages=messages, stream=True)
+pieces = [piece for chunk in stream if (piece := chunk.choices[0].delta.content)]
+with open(sys.argv[1], "a") as file:
+    file.write(json.dumps(pieces) + "\\n")
+messages += [{"role": "assistant", "content": "".join(pieces)}, {"role": "user", "content": "Once more."}]
+client.chat.completions.create(model=os.environ["OPENAI_MODEL"], messages=messages)
 print("done", file=sys.stderr)
 """
 
@@ -272,9 +275,10 @@ def test_a_program_with_the_openai_sdk_is_run_per_task_and_recorded(tmp_path: Pa
     pytest.importorskip("openai")
     program = tmp_path / "agent.py"
     program.write_text(AGENT)
+    heard = tmp_path / "heard.jsonl"
     path = config_file(tmp_path, engine, agent={"reward": "exit_code"})
     arguments = ["agent", "run", "-c", str(path), "--n", "2", "--samples", "1", "--name", "mine", "--json"]
-    result = CliRunner().invoke(app, [*arguments, "--", sys.executable, str(program), "--flag", "a=b"])
+    result = CliRunner().invoke(app, [*arguments, "--", sys.executable, str(program), str(heard), "a=b"])
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert (report["finished"], report["reward_mean"], report["failed"], report["branches"]) == (2, 1.0, {}, 0)
@@ -286,6 +290,9 @@ def test_a_program_with_the_openai_sdk_is_run_per_task_and_recorded(tmp_path: Pa
         assert [t.kind for t in trajectory.turns] == ["model", "env", "model"]
         assert sum(t.end - t.start for t in model_turns) == segment.mask.sum() > 0
         assert (segment.logprobs[segment.mask] < 0).all()
+    streamed = [json.loads(line) for line in heard.read_text().splitlines()]
+    assert sorted("".join(pieces) for pieces in streamed) == sorted(t.turns[0].text for t in records)
+    assert min(len(pieces) for pieces in streamed) > 1  # the engine's tokens came one after the other
     failing = CliRunner().invoke(app, [*arguments, "--", sys.executable, "-c", "raise SystemExit('no luck')"])
     assert failing.exit_code == 1
     assert json.loads(failing.stdout)["failed"] == {"agent": 2}

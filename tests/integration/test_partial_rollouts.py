@@ -9,7 +9,9 @@ import pytest
 from rollout_kit import MemoryStream, Say, ScriptedGenerator
 from test_rollout_agent_loop import TASK, TOKENIZER, assert_tokens_are_what_was_sampled, call, solved, toolbox
 
-from agentrl.protocols import Tool, ToolContext
+from agentrl.errors import EnvError
+from agentrl.plugins import load_object
+from agentrl.protocols import Env, Tool, ToolContext
 from agentrl.rollout.agent_loop import Limits, Rollout, run_rollout
 from agentrl.rollout.chat_template import ChatTemplate
 from agentrl.rollout.partial import PartialRollouts
@@ -20,7 +22,7 @@ from agentrl.rollout.toolbox import Toolbox
 from agentrl.stream.keys import Keys
 from agentrl.stream.partials import RedisPartials
 from agentrl.stream.server import EmbeddedServer, connect_async, ensure
-from agentrl.types import GroupClose, SamplingParams, Task, content_digest
+from agentrl.types import Episode, GroupClose, SamplingParams, Score, Task, content_digest
 
 ID = "t/1/0/0/0"
 TURNS = (call("1+1"), call("2+2"), "#### 7")
@@ -56,12 +58,17 @@ class Noted(Tool):
 
 
 async def play(
-    generator: ScriptedGenerator, partials: PartialRollouts, *, task: Task = TASK, box: Toolbox | None = None
+    generator: ScriptedGenerator,
+    partials: PartialRollouts,
+    *,
+    task: Task = TASK,
+    box: Toolbox | None = None,
+    env: Env | None = None,
 ) -> Rollout:
     box = box or toolbox()
     return await run_rollout(
-        task, loop="tool_agent", template=ChatTemplate(TOKENIZER, tools=box.schemas()), generator=generator, toolbox=box,
-        scorer=Scorer(fn=solved), limits=Limits(), sampling=SamplingParams(max_new_tokens=64), trajectory_id=ID,
+        task, loop="env" if env else "tool_agent", template=ChatTemplate(TOKENIZER, tools=box.schemas()), generator=generator, toolbox=box,
+        scorer=Scorer(env=env) if env else Scorer(fn=solved), limits=Limits(), sampling=SamplingParams(max_new_tokens=64), trajectory_id=ID,
         group_id="t/1/0", ordinal=0, sample_index=0, attempt=0, env_name="e", partials=partials,
     )  # fmt: skip
 
@@ -120,6 +127,82 @@ async def test_what_a_stateful_tool_did_cannot_be_resumed_and_its_tokens_are_cou
     assert [c.result for c in rollout.episode.calls] == ["1", "2"]
     wasted = sum(len(g.ids) for g in before.generations[ID][:2])
     assert partials.stats() == {"resumed": 0, "resumed_tokens": 0, "wasted_tokens": wasted}
+
+
+GAME = load_object("envs.guess_number:generate_tasks")(1, 0, highest=16)[0]
+SECRET = int(GAME.ground_truth)
+GUESSES = (f"I say {max(1, SECRET - 2)}", call("1+1"), f"then {min(16, SECRET + 1)}", str(SECRET))
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("at", [1, 2, 3])
+async def test_a_game_goes_on_where_its_environment_saved_it(at: int) -> None:
+    whole = await play(
+        going_on(GUESSES, 0), PartialRollouts(MemoryStore()), task=GAME, env=load_object("envs.guess_number:GuessNumber")()
+    )
+    partials = PartialRollouts(MemoryStore())
+    before = await cut(GUESSES, at, partials, task=GAME, env=load_object("envs.guess_number:GuessNumber")())
+    after = going_on(GUESSES, at)
+    resumed = await play(after, partials, task=GAME, env=load_object("envs.guess_number:GuessNumber")())
+    assert after.requests[0][1] == before.requests[-1][1]
+    assert len(after.requests) == len(GUESSES) - at
+    assert content_digest(resumed.trajectory) == content_digest(whole.trajectory)
+    assert resumed.trajectory.turn_rewards == whole.trajectory.turn_rewards
+    assert (resumed.episode.state, resumed.trajectory.reward_terms["correct"]) == (whole.episode.state, 1.0)
+    assert partials.resumed == 1
+
+
+class Forgetful(Env):
+    """Asks on three times; what it saves depends."""
+
+    def __init__(self, saved: Any) -> None:
+        self.saved, self.events = saved, list[str]()
+
+    async def open(self, task: Task, *, trajectory_id: str) -> str:
+        self.events.append("open")
+        return "state"
+
+    async def reply(self, episode: Episode) -> str | None:
+        return "On." if len(episode.texts) < 3 else None
+
+    async def save(self, state: Any) -> Any:
+        if isinstance(self.saved, Exception):
+            raise self.saved
+        return self.saved
+
+    async def resume(self, task: Task, saved: Any, *, trajectory_id: str) -> Any:
+        raise OSError("the game server forgot it")
+
+    async def close(self, state: Any) -> None:
+        self.events.append("close")
+
+    async def score(self, episode: Episode) -> Score:
+        return Score(correct=1.0)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("saved", [None, OSError("no room"), {"x": object()}, ["no", "mapping"]])
+async def test_an_environment_that_does_not_save_starts_again(saved: Any) -> None:
+    partials = PartialRollouts(MemoryStore())
+    before = await cut(("a", "b", "7"), 2, partials, env=Forgetful(saved))
+    env, after = Forgetful(saved), going_on(("a", "b", "7"), 0)
+    rollout = await play(after, partials, env=env)
+    assert (len(after.requests), rollout.trajectory.stop, env.events) == (3, "answered", ["open", "close"])
+    wasted = sum(len(g.ids) for g in before.generations[ID][:2])
+    assert partials.stats() == {"resumed": 0, "resumed_tokens": 0, "wasted_tokens": wasted}
+
+
+@pytest.mark.asyncio
+async def test_an_environment_that_cannot_resume_fails_this_attempt_only() -> None:
+    store = MemoryStore()
+    await cut(("a", "7", "7"), 1, PartialRollouts(store), env=Forgetful({"game": 5}))
+    with pytest.raises(EnvError, match="resume raised OSError: the game server forgot it"):
+        await play(going_on(("a", "7", "7"), 1), PartialRollouts(store), env=Forgetful({"game": 5}))
+    assert store.data == {}
+    # Nor does a loop without an environment go on from what one with an environment kept.
+    await cut(("a", "7", "7"), 1, PartialRollouts(store), env=Forgetful({"game": 5}))
+    after = going_on(("#### 7",), 0)
+    assert (await play(after, PartialRollouts(store))).trajectory.reward == 1.0
 
 
 @pytest.mark.asyncio

@@ -469,3 +469,38 @@ async def test_a_request_that_runs_when_the_rollout_ends_is_told_so_and_leaves_n
     rollout, _ = await play(agent, "7", Say("never", seconds=30))
     assert outcome == [410]
     assert (rollout.episode.num_turns, len(rollout.trajectory.segments)) == (1, 1)
+
+
+@pytest.mark.asyncio
+async def test_a_stream_whose_rollout_ends_with_its_last_token_is_recorded_once() -> None:
+    class Ending(ScriptedGenerator):
+        """Ends the rollout when the last token was told."""
+
+        async def generate(self, *args: Any, **more: Any) -> Any:
+            generation = await super().generate(*args, **more)
+            sessions[0].close()
+            return generation
+
+    sessions: list[Session] = []
+
+    async def agent(client: Any, session: Session) -> None:
+        sessions.append(session)
+
+        async def listen() -> None:
+            async for chunk in await ask(client, QUESTION, stream=True):
+                heard.append(chunk.choices[0].delta.content)
+
+        with pytest.raises(openai.APIError, match="the rollout ended while this request ran"):
+            await listen()
+
+    heard: list[str] = []
+    generator = Ending(TOKENIZER, [Say("one two three")])
+    async with proxy_host(ProxyHost(AgentCommand(argv=["true"]))) as host:
+        rollout = await run_rollout(
+            TASK, loop="proxy", template=ChatTemplate(TOKENIZER, tools=None), generator=generator, toolbox=Toolbox(),
+            scorer=Scorer(fn=lambda **_: 1.0), limits=Limits(), sampling=SamplingParams(max_new_tokens=64),
+            trajectory_id="t/1/0/0/0", group_id="t/1/0", ordinal=0, sample_index=0, attempt=0, env_name="e",
+            host=Inline(host, agent),
+        )  # fmt: skip
+    assert_exact(rollout, generator)
+    assert ("".join(heard), [t.finish for t in rollout.trajectory.turns]) == ("one two three", ["abort"])

@@ -7,20 +7,19 @@ at answers 503 or 504, which it does.
 
 import hashlib
 import hmac
-import json
 import logging
 import math
-from collections.abc import AsyncGenerator, Iterable, Mapping
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from agentrl.errors import DeadlineExceeded, RolloutError, TemplateError
 from agentrl.rollout.proxy import chat, responses
 from agentrl.rollout.proxy.messages import MessageError
-from agentrl.rollout.proxy.session import LimitReached, Session, SessionClosed
+from agentrl.rollout.proxy.session import Answer, LimitReached, Session, SessionClosed, Show
+from agentrl.rollout.proxy.streaming import Refused, StreamedAnswer
 from agentrl.types import Score
 
 logger = logging.getLogger(__name__)
@@ -38,18 +37,6 @@ class RewardRequest(BaseModel):
     reward: float
     terms: dict[str, float] = {}
     """Named terms that are added to it."""
-
-
-class Refused(Exception):
-    """An answer that is an error."""
-
-    def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
-        super().__init__(message)
-        kind = {401: "authentication_error", 404: "not_found_error"}.get(status) or (
-            "server_error" if status >= 500 else "invalid_request_error"
-        )
-        self.status = status
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 class Sessions:
@@ -107,23 +94,31 @@ def create_app(sessions: Sessions, *, model: str) -> FastAPI:
     async def chat_completions(request: Request) -> Response:
         session = sessions.find(request)
         body = await _parsed(request, chat.ChatRequest)
-        answers = await session.answer(body.ask(), n=body.n or 1)
-        whole = chat.completion(
-            answers, model=body.model or model, template=session.state.template, with_logprobs=bool(body.logprobs)
+        ask, n, name = body.ask(), body.n or 1, body.model or model
+        if body.stream:
+            wants_usage = body.stream_options is not None and body.stream_options.include_usage
+            template = session.state.template if body.logprobs else None
+            writer = chat.Chunks(model=name, template=template, with_usage=wants_usage)
+            return StreamedAnswer(lambda show: session.answer(ask, n=n, show=show), writer, refusal=_refusal)
+        answers = await session.answer(ask, n=n)
+        return JSONResponse(
+            chat.completion(answers, model=name, template=session.state.template, with_logprobs=bool(body.logprobs))
         )
-        if not body.stream:
-            return JSONResponse(whole)
-        wants_usage = body.stream_options is not None and body.stream_options.include_usage
-        return _stream(chat.chunks(whole, with_usage=wants_usage), ends_with_done=True)
 
     async def create_response(request: Request) -> Response:
         session = sessions.find(request)
         body = await _parsed(request, responses.ResponsesRequest)
-        ask = body.ask(session.responses)
-        (answer,) = await session.answer(ask)
-        whole = responses.response(answer, model=body.model or model, request=body)
-        session.responses[whole["id"]] = body.kept(ask, answer)
-        return _stream(responses.events(whole), ends_with_done=False) if body.stream else JSONResponse(whole)
+        ask, base = body.ask(session.responses), responses.opened(body, model=body.model or model)
+
+        async def answered(show: Show | None) -> list[Answer]:
+            answers = await session.answer(ask, show=show)
+            session.responses[base["id"]] = body.kept(ask, answers[0])
+            return answers
+
+        if body.stream:
+            return StreamedAnswer(answered, responses.Events(base), refusal=_refusal)
+        (answer,) = await answered(None)
+        return JSONResponse(responses.response(base, answer))
 
     async def models(request: Request) -> Response:
         sessions.find(request)
@@ -177,24 +172,35 @@ def _guarded(route: Any) -> Any:
     async def handler(request: Request) -> Response:
         try:
             return await route(request)
-        except Refused as error:
-            refused = error
-        except MessageError as error:
-            refused = Refused(400, str(error), param=error.param)
-        except TemplateError as error:
-            refused = Refused(400, f"the model's chat template cannot print this conversation: {error}", code="template_error")
-        except SessionClosed as error:
-            refused = Refused(410, str(error), code="session_closed")
-        except LimitReached as error:
-            code = "context_length_exceeded" if error.stop == "max_tokens" else "turn_limit_reached"
-            refused = Refused(400, str(error), code=code)
-        except DeadlineExceeded as error:
-            refused = Refused(504, str(error), code="deadline")
-        except RolloutError as error:
-            refused = Refused(503, str(error), code=error.kind)
+        except Exception as error:
+            refused = _refusal(error)
+            if refused is None:
+                raise
         return JSONResponse(refused.body, status_code=refused.status)
 
     return handler
+
+
+def _refusal(error: Exception) -> Refused | None:
+    """What an error is to a client; None where it is none of ours."""
+    match error:
+        case Refused():
+            return error
+        case MessageError():
+            return Refused(400, str(error), param=error.param)
+        case TemplateError():
+            return Refused(400, f"the model's chat template cannot print this conversation: {error}", code="template_error")
+        case SessionClosed():
+            return Refused(410, str(error), code="session_closed")
+        case LimitReached():
+            code = "context_length_exceeded" if error.stop == "max_tokens" else "turn_limit_reached"
+            return Refused(400, str(error), code=code)
+        case DeadlineExceeded():
+            return Refused(504, str(error), code="deadline")
+        case RolloutError():
+            return Refused(503, str(error), code=error.kind)
+        case _:
+            return None
 
 
 async def _parsed(request: Request, kind: type[_Body]) -> _Body:
@@ -209,17 +215,6 @@ async def _parsed(request: Request, kind: type[_Body]) -> _Body:
         first = error.errors(include_url=False)[0]
         param = ".".join(str(part) for part in first["loc"]) or None
         raise Refused(400, f"{param or 'body'}: {first['msg']}", param=param) from error
-
-
-def _stream(items: Iterable[Mapping[str, Any]], *, ends_with_done: bool) -> Response:
-    async def lines() -> AsyncGenerator[bytes]:
-        for item in items:
-            name = f"event: {item['type']}\n" if "type" in item else ""
-            yield f"{name}data: {json.dumps(item, ensure_ascii=False)}\n\n".encode("utf-8", "replace")
-        if ends_with_done:
-            yield b"data: [DONE]\n\n"
-
-    return StreamingResponse(lines(), media_type="text/event-stream", headers={"cache-control": "no-cache"})
 
 
 def _model(name: str) -> dict[str, Any]:

@@ -10,9 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from agentrl.rollout.chat_template import ChatTemplate
 from agentrl.rollout.proxy.messages import MessageError, template_messages
 from agentrl.rollout.proxy.session import Answer, Ask
-
-PIECE_CHARS = 24
-"""Characters of one streamed delta. An answer is sampled whole before it is streamed, so this is about form only."""
+from agentrl.rollout.proxy.streaming import EventWriter, Refused
+from agentrl.rollout.proxy.turn_stream import Delta
 
 
 class StreamOptions(BaseModel):
@@ -95,7 +94,7 @@ def completion(
                 **({"tool_calls": list(answer.calls)} if answer.calls else {}),
             },
             "finish_reason": answer.finish,
-            "logprobs": logprobs(answer, template) if with_logprobs else None,
+            "logprobs": logprobs(answer.generation.ids, answer.generation.logprobs, template) if with_logprobs else None,
         }
         for index, answer in enumerate(answers)
     ]
@@ -109,33 +108,54 @@ def completion(
     }
 
 
-def chunks(body: Mapping[str, Any], *, with_usage: bool) -> Iterator[dict[str, Any]]:
-    """The same answer as the deltas of a stream."""
-    base = {key: body[key] for key in ("id", "created", "model")} | {"object": "chat.completion.chunk"}
+class Chunks(EventWriter):
+    """Chat completion chunks.
 
-    def chunk(index: int, delta: Mapping[str, Any], finish: str | None = None, found: Any = None) -> dict[str, Any]:
+    Args:
+        model: the name to give.
+        template: decodes tokens for their logprobs; None reports none.
+        with_usage: end with a chunk of the token counts.
+    """
+
+    last_line = b"data: [DONE]\n\n"
+
+    def __init__(self, *, model: str, template: ChatTemplate | None, with_usage: bool) -> None:
+        self._base = {
+            "id": f"chatcmpl-{uuid4().hex}", "created": int(time.time()), "model": model, "object": "chat.completion.chunk",
+        }  # fmt: skip
+        self._template, self._with_usage = template, with_usage
+        self._opened: set[int] = set()
+
+    def grown(self, index: int, delta: Delta) -> Iterator[dict[str, Any]]:
+        """The role the first time, then text."""
+        if index not in self._opened:
+            self._opened.add(index)
+            yield self._chunk(index, {"role": "assistant", "content": ""})
+        found = None
+        if self._template is not None and delta.ids:
+            found = logprobs(delta.ids, delta.logprobs, self._template)
+        if delta.text or found is not None:
+            yield self._chunk(index, {"content": delta.text}, found=found)
+
+    def ended(self, answers: Sequence[Answer]) -> Iterator[dict[str, Any]]:
+        """The calls, the finish reasons, the usage."""
+        for index, answer in enumerate(answers):
+            for position, call in enumerate(answer.calls):
+                function = call["function"]
+                opening = {**call, "index": position, "function": {"name": function["name"], "arguments": ""}}
+                yield self._chunk(index, {"tool_calls": [opening]})
+                yield self._chunk(index, {"tool_calls": [{"index": position, "function": {"arguments": function["arguments"]}}]})
+            yield self._chunk(index, {}, finish=answer.finish)
+        if self._with_usage:
+            yield {**self._base, "choices": [], "usage": usage(answers)}
+
+    def failed(self, error: Refused) -> Iterator[dict[str, Any]]:
+        """The error, which the ``openai`` SDK raises."""
+        yield error.body
+
+    def _chunk(self, index: int, delta: Mapping[str, Any], *, finish: str | None = None, found: Any = None) -> dict[str, Any]:
         choice = {"index": index, "delta": dict(delta), "finish_reason": finish, "logprobs": found}
-        return {**base, "choices": [choice], **({"usage": None} if with_usage else {})}
-
-    for choice in body["choices"]:
-        index, message = choice["index"], choice["message"]
-        yield chunk(index, {"role": "assistant", "content": ""}, found=choice["logprobs"])
-        for piece in pieces(message["content"] or ""):
-            yield chunk(index, {"content": piece})
-        for position, call in enumerate(message.get("tool_calls") or ()):
-            function = call["function"]
-            opening = {**call, "index": position, "function": {"name": function["name"], "arguments": ""}}
-            yield chunk(index, {"tool_calls": [opening]})
-            for piece in pieces(function["arguments"]):
-                yield chunk(index, {"tool_calls": [{"index": position, "function": {"arguments": piece}}]})
-        yield chunk(index, {}, choice["finish_reason"])
-    if with_usage:
-        yield {**base, "choices": [], "usage": body["usage"]}
-
-
-def pieces(text: str) -> Iterator[str]:
-    for start in range(0, len(text), PIECE_CHARS):
-        yield text[start : start + PIECE_CHARS]
+        return {**self._base, "choices": [choice], **({"usage": None} if self._with_usage else {})}
 
 
 def usage(answers: Sequence[Answer]) -> dict[str, int]:
@@ -144,10 +164,10 @@ def usage(answers: Sequence[Answer]) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": completed, "total_tokens": prompt + completed}
 
 
-def logprobs(answer: Answer, template: ChatTemplate) -> dict[str, Any]:
-    """Every sampled token with its logprob, the end of the turn included: exactly what is recorded."""
+def logprobs(ids: Sequence[int], values: Sequence[float], template: ChatTemplate) -> dict[str, Any]:
+    """Sampled tokens with their logprobs, the end of the turn included: exactly what is recorded."""
     content: list[dict[str, Any]] = []
-    for token, logprob in zip(answer.generation.ids, answer.generation.logprobs, strict=True):
+    for token, logprob in zip(ids, values, strict=True):
         text = template.decode_all([token])
         content.append({"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": []})
     return {"content": content, "refusal": None}

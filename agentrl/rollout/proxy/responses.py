@@ -7,9 +7,11 @@ from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from agentrl.rollout.proxy.chat import pieces, refuse_prefill, refuse_what_forces
+from agentrl.rollout.proxy.chat import refuse_prefill, refuse_what_forces
 from agentrl.rollout.proxy.messages import MessageError, template_messages
 from agentrl.rollout.proxy.session import Answer, Ask
+from agentrl.rollout.proxy.streaming import EventWriter, Refused
+from agentrl.rollout.proxy.turn_stream import Delta
 from agentrl.types import Message
 
 
@@ -99,41 +101,48 @@ def _chat_items(items: Sequence[Any]) -> list[Message]:
     return messages
 
 
-def response(answer: Answer, *, model: str, request: ResponsesRequest) -> dict[str, Any]:
-    """The body of a whole response."""
-    output: list[dict[str, Any]] = []
-    if answer.content or not answer.calls:
-        part = {"type": "output_text", "text": answer.content, "annotations": [], "logprobs": []}
-        output.append(
-            {"id": f"msg_{uuid4().hex}", "type": "message", "status": "completed", "role": "assistant", "content": [part]}
-        )
-    for call in answer.calls:
-        function = call["function"]
-        output.append(
-            {
-                "id": f"fc_{uuid4().hex}", "type": "function_call", "status": "completed", "call_id": call["id"],
-                "name": function["name"], "arguments": function["arguments"],
-            }
-        )  # fmt: skip
-    is_cut = answer.finish == "length"
-    completed = len(answer.generation.ids)
+def opened(request: ResponsesRequest, *, model: str) -> dict[str, Any]:
+    """The body of a response before its first token."""
     return {
         "id": f"resp_{uuid4().hex}",
         "object": "response",
         "created_at": int(time.time()),
         "model": model,
-        "status": "incomplete" if is_cut else "completed",
-        "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
+        "status": "in_progress",
+        "incomplete_details": None,
         "error": None,
         "instructions": request.instructions,
         "metadata": {},
-        "output": output,
+        "output": [],
         "parallel_tool_calls": request.parallel_tool_calls is not False,
         "previous_response_id": request.previous_response_id,
         "temperature": request.temperature,
         "top_p": request.top_p,
         "tool_choice": request.tool_choice or "auto",
         "tools": request.tools or [],
+        "usage": None,
+    }
+
+
+def response(base: Mapping[str, Any], answer: Answer, *, message_id: str | None = None) -> dict[str, Any]:
+    """The body of a whole response that `opened` began; ``message_id`` names its message where that was told already."""
+    output: list[dict[str, Any]] = []
+    if answer.content or not answer.calls:
+        output.append(_message(message_id or f"msg_{uuid4().hex}", answer.content))
+    output += [
+        {
+            "id": f"fc_{uuid4().hex}", "type": "function_call", "status": "completed", "call_id": call["id"],
+            "name": call["function"]["name"], "arguments": call["function"]["arguments"],
+        }
+        for call in answer.calls
+    ]  # fmt: skip
+    is_cut = answer.finish == "length"
+    completed = len(answer.generation.ids)
+    return {
+        **base,
+        "status": "incomplete" if is_cut else "completed",
+        "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
+        "output": output,
         "usage": {
             "input_tokens": answer.prompt_tokens,
             "input_tokens_details": {"cached_tokens": answer.generation.cached_tokens},
@@ -144,32 +153,73 @@ def response(answer: Answer, *, model: str, request: ResponsesRequest) -> dict[s
     }
 
 
-def events(body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The same response as the events of a stream."""
-    number = 0
+def _message(identity: str, text: str) -> dict[str, Any]:
+    return {"id": identity, "type": "message", "status": "completed", "role": "assistant", "content": [_part(text)]}
 
-    def event(kind: str, **fields: Any) -> dict[str, Any]:
-        nonlocal number
-        number += 1
-        return {"type": kind, "sequence_number": number - 1, **fields}
 
-    opened = {**body, "status": "in_progress", "output": [], "usage": None, "incomplete_details": None}
-    yield event("response.created", response=opened)
-    yield event("response.in_progress", response=opened)
-    for index, item in enumerate(body["output"]):
-        at = {"item_id": item["id"], "output_index": index}
-        if item["type"] == "message":
-            part = item["content"][0]
-            yield event("response.output_item.added", output_index=index, item={**item, "status": "in_progress", "content": []})
-            yield event("response.content_part.added", **at, content_index=0, part={**part, "text": ""})
-            for piece in pieces(part["text"]):
-                yield event("response.output_text.delta", **at, content_index=0, delta=piece, logprobs=[])
-            yield event("response.output_text.done", **at, content_index=0, text=part["text"], logprobs=[])
-            yield event("response.content_part.done", **at, content_index=0, part=part)
-        else:
-            yield event("response.output_item.added", output_index=index, item={**item, "status": "in_progress", "arguments": ""})
-            for piece in pieces(item["arguments"]):
-                yield event("response.function_call_arguments.delta", **at, delta=piece)
-            yield event("response.function_call_arguments.done", **at, arguments=item["arguments"], name=item["name"])
-        yield event("response.output_item.done", output_index=index, item=item)
-    yield event("response.incomplete" if body["status"] == "incomplete" else "response.completed", response=dict(body))
+def _part(text: str) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+class Events(EventWriter):
+    """The events of a streamed response: the message as it grows, then the calls whole.
+
+    Args:
+        base: what `opened` gave.
+    """
+
+    last_line = b""
+
+    def __init__(self, base: Mapping[str, Any]) -> None:
+        self._base = base
+        self._message_id = f"msg_{uuid4().hex}"
+        self._number = 0
+        self._has_message = False
+
+    def grown(self, index: int, delta: Delta) -> Iterator[dict[str, Any]]:
+        """The opening the first time, then text."""
+        if not self._number:
+            yield self._event("response.created", response=self._base)
+            yield self._event("response.in_progress", response=self._base)
+        if delta.text:
+            if not self._has_message:
+                yield from self._open_message()
+            yield self._event("response.output_text.delta", **self._part_at(), delta=delta.text, logprobs=[])
+
+    def ended(self, answers: Sequence[Answer]) -> Iterator[dict[str, Any]]:
+        """The message's end, the calls, and the whole response."""
+        (answer,) = answers
+        body = response(self._base, answer, message_id=self._message_id)
+        for index, item in enumerate(body["output"]):
+            if item["type"] == "message":
+                if not self._has_message:
+                    yield from self._open_message()
+                part = item["content"][0]
+                yield self._event("response.output_text.done", **self._part_at(), text=part["text"], logprobs=[])
+                yield self._event("response.content_part.done", **self._part_at(), part=part)
+            else:
+                at = {"item_id": item["id"], "output_index": index}
+                opening = {**item, "status": "in_progress", "arguments": ""}
+                yield self._event("response.output_item.added", output_index=index, item=opening)
+                yield self._event("response.function_call_arguments.delta", **at, delta=item["arguments"])
+                yield self._event("response.function_call_arguments.done", **at, arguments=item["arguments"], name=item["name"])
+            yield self._event("response.output_item.done", output_index=index, item=item)
+        yield self._event("response.incomplete" if body["status"] == "incomplete" else "response.completed", response=body)
+
+    def failed(self, error: Refused) -> Iterator[dict[str, Any]]:
+        """The failed response."""
+        found = {"code": error.error["code"] or "server_error", "message": error.error["message"]}
+        yield self._event("response.failed", response={**self._base, "status": "failed", "error": found})
+
+    def _open_message(self) -> Iterator[dict[str, Any]]:
+        self._has_message = True
+        item = {**_message(self._message_id, ""), "status": "in_progress", "content": []}
+        yield self._event("response.output_item.added", output_index=0, item=item)
+        yield self._event("response.content_part.added", **self._part_at(), part=_part(""))
+
+    def _part_at(self) -> dict[str, Any]:
+        return {"item_id": self._message_id, "output_index": 0, "content_index": 0}
+
+    def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
+        self._number += 1
+        return {"type": kind, "sequence_number": self._number - 1, **fields}

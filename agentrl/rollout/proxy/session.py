@@ -8,26 +8,29 @@ render of the whole conversation. Ids of a segment's prompt are never trained on
 
 import asyncio
 import dataclasses
-import re
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 from uuid import uuid4
 
 from agentrl.errors import DeadlineExceeded, GenerationError, RolloutError, TemplateError
+from agentrl.protocols import TokenListener
 from agentrl.rollout.agent_loop import RolloutState
 from agentrl.rollout.chat_template import ChatTemplate
 from agentrl.rollout.proxy.messages import fingerprints, template_messages
+from agentrl.rollout.proxy.turn_stream import Delta, TurnStream
+from agentrl.rollout.tool_parsers.openings import Openings
 from agentrl.supervise import deadline, waiting
 from agentrl.types import CallRecord, Generation, Message, SamplingParams, Score, Stop, ToolCall, Turn
 
 STOP_SLICE = 64
 """Tokens sampled at a time where the agent gave stop strings, which the engine does not know."""
 
-_OPENING_TAG = re.compile(r"(?:<[^<>\s]{1,40}>|\[[A-Z_]{1,40}\])\s*$")
-"""What a tool-call format writes before a call."""
+Show: TypeAlias = Callable[[int, Delta], None]
+"""Takes what the nth answer grows by; it returns at once."""
 
 
 class SessionClosed(RolloutError):
@@ -95,6 +98,22 @@ class _Plan:
     new_messages: Sequence[Message]
 
 
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Request:
+    """One request that is being answered."""
+
+    ask: Ask
+    names: Sequence[bytes]
+    """Of the prefixes of its conversation (`fingerprints`)."""
+    plan: _Plan
+    context: list[int]
+    """All ids that the model is shown."""
+    started: float
+    """Monotonic seconds."""
+    streams: list[TurnStream]
+    """One per answer where they are streamed; emptied once they are on record."""
+
+
 @dataclass(slots=True, kw_only=True)
 class Session:
     """See the module's docstring. All methods belong to one event loop.
@@ -125,16 +144,26 @@ class Session:
     _before_turn: dict[bytes, _Point] = field(default_factory=dict[bytes, _Point])
     _pending_calls: dict[str, ToolCall] = field(default_factory=dict[str, ToolCall])
     _scopes: set[asyncio.Timeout] = field(default_factory=set[asyncio.Timeout])
+    _streamed: set[_Request] = field(default_factory=set[_Request])
+    """Requests that are being answered piece by piece."""
 
     def close(self) -> None:
-        """Refuse what comes from now on, and break off what runs."""
+        """Refuse what comes from now on, and break off what runs. The record is complete when this returns."""
         self.is_closed = True
+        for request in list(self._streamed):
+            self._break_off(request)
         now = asyncio.get_running_loop().time()
         for scope in list(self._scopes):
             scope.reschedule(now)
 
-    async def answer(self, ask: Ask, *, n: int = 1) -> list[Answer]:
+    async def answer(self, ask: Ask, *, n: int = 1, show: Show | None = None) -> list[Answer]:
         """Sample ``n`` turns after the same messages; each goes on record.
+
+        Args:
+            ask: the request.
+            n: answers to it.
+            show: takes the answers while they are sampled; all the deltas of one make its content. Without calls, which are only
+                known when the turn is over.
 
         Raises:
             SessionClosed: the rollout is over.
@@ -144,7 +173,7 @@ class Session:
         """
         try:
             async with self._until_closed():
-                answers = await self._answers(ask, n)
+                answers = await self._answers(ask, n, show)
         except RolloutError as error:
             self._note(error)
             raise
@@ -169,11 +198,11 @@ class Session:
         except TimeoutError as error:
             if not scope.expired():
                 raise
-            raise SessionClosed("the rollout ended while this request ran; nothing of it was recorded") from error
+            raise SessionClosed("the rollout ended while this request ran") from error
         finally:
             self._scopes.discard(scope)
 
-    async def _answers(self, ask: Ask, n: int) -> list[Answer]:
+    async def _answers(self, ask: Ask, n: int, show: Show | None) -> list[Answer]:
         state = self.state
         if state.num_turns >= state.limits.max_turns:
             raise LimitReached("max_turns", f"the rollout has used its {state.limits.max_turns} turns (serve.turns)")
@@ -184,11 +213,48 @@ class Session:
         left = state.tokens_left - (0 if plan.start is None else len(plan.observed))
         if left < 1:
             raise LimitReached("max_tokens", f"the rollout has used its {state.limits.max_tokens} response tokens (serve.tokens)")
-        started = time.monotonic()
-        generations = [await self._sample(context, ask, left)] if n == 1 else await self._sample_many(n, context, ask, left)
-        ms = (time.monotonic() - started) * 1e3
-        # From here on nothing waits, so a request is on record whole or not at all.
-        return [self._record(ask, plan, context, names, generation, ms) for generation in generations]
+        streams = [] if show is None else [self._stream(ask, partial(show, index)) for index in range(n)]
+        request = _Request(ask=ask, names=names, plan=plan, context=context, started=time.monotonic(), streams=streams)
+        with self._recorded_if_broken_off(request):
+            generations = [await self._sample(request, left)] if n == 1 else await self._sample_many(n, request, left)
+            if self.is_closed:  # between the last token and here
+                raise SessionClosed("the rollout ended while this request ran")
+        # From here on nothing waits, so what was not streamed is on record whole or not at all.
+        return [self._record(request, g, streams[index] if streams else None) for index, g in enumerate(generations)]
+
+    # Streaming
+
+    def _stream(self, ask: Ask, show: Callable[[Delta], None]) -> TurnStream:
+        return TurnStream(self.state.template, stops=ask.stop, openings=self._openings(ask), show=show)
+
+    def _openings(self, ask: Ask) -> Openings:
+        return Openings(self.state.parser if ask.tools and ask.parses_calls else None)
+
+    @contextmanager
+    def _recorded_if_broken_off(self, request: _Request) -> Generator[None]:
+        if not request.streams:
+            yield
+            return
+        self._streamed.add(request)
+        try:
+            yield
+        except BaseException:
+            self._break_off(request)
+            raise
+        finally:
+            self._streamed.discard(request)
+
+    def _break_off(self, request: _Request) -> None:
+        """Put what was sampled of a streamed request on record."""
+        streams, request.streams = request.streams, []
+        for stream in streams:
+            generation = stream.so_far()
+            if generation is None:
+                continue
+            at = _tokens_to_stop(self.state.template, generation.ids, 0, request.ask.stop)
+            generation = generation if at is None else _cut(generation, at)
+            segment, _ = self._append(request, generation)
+            self._remember(request, {"role": "assistant", "content": stream.shown}, generation, segment)
 
     # Where the turn goes
 
@@ -211,10 +277,10 @@ class Session:
 
     # Sampling
 
-    async def _sample_many(self, n: int, context: list[int], ask: Ask, left: int) -> list[Generation]:
+    async def _sample_many(self, n: int, request: _Request, left: int) -> list[Generation]:
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._sample(context, ask, left)) for _ in range(n)]
+                tasks = [group.create_task(self._sample(request, left, index)) for index in range(n)]
         except BaseExceptionGroup as errors:
             first = next((e for e in errors.exceptions if isinstance(e, RolloutError)), None)
             if first is None:
@@ -222,8 +288,9 @@ class Session:
             raise first from None
         return [task.result() for task in tasks]
 
-    async def _sample(self, context: list[int], ask: Ask, left: int) -> Generation:
-        state = self.state
+    async def _sample(self, request: _Request, left: int, index: int = 0) -> Generation:
+        state, ask, context = self.state, request.ask, request.context
+        on_tokens = request.streams[index].take if request.streams else None
         timeout_s = max(0.0, min(state.limits.turn_timeout_s, state.ends_at - asyncio.get_running_loop().time()))
         asked = ask.max_new_tokens if ask.max_new_tokens is not None else left
         budget = max(1, min(state.sampling.max_new_tokens, state.limits.max_tokens_per_turn, left, asked))
@@ -238,18 +305,24 @@ class Session:
         with waiting("server"):
             async with deadline(timeout_s, "turn"):
                 if not ask.stop:
-                    return await self._generate(context, sampling, timeout_s)
-                return await self._sample_to_stop(context, sampling, ask.stop, timeout_s)
+                    return await self._generate(context, sampling, timeout_s, on_tokens)
+                return await self._sample_to_stop(context, sampling, ask.stop, timeout_s, on_tokens)
 
     async def _sample_to_stop(
-        self, context: list[int], sampling: SamplingParams, stops: Sequence[str], timeout_s: float
+        self,
+        context: list[int],
+        sampling: SamplingParams,
+        stops: Sequence[str],
+        timeout_s: float,
+        on_tokens: TokenListener | None,
     ) -> Generation:
         """Slice by slice, until a stop string is complete; the tokens behind it are dropped, sampled or not."""
         whole: Generation | None = None
         while True:
             done = [] if whole is None else whole.ids
             step = min(STOP_SLICE, sampling.max_new_tokens - len(done))
-            piece = await self._generate([*context, *done], dataclasses.replace(sampling, max_new_tokens=step), timeout_s)
+            sampling_now = dataclasses.replace(sampling, max_new_tokens=step)
+            piece = await self._generate([*context, *done], sampling_now, timeout_s, on_tokens)
             whole = piece if whole is None else _joined(whole, piece)
             at = _tokens_to_stop(self.state.template, whole.ids, len(whole.ids) - len(piece.ids), stops)
             if at is not None:
@@ -257,10 +330,17 @@ class Session:
             if piece.finish != "length" or len(whole.ids) >= sampling.max_new_tokens:
                 return whole
 
-    async def _generate(self, ids: list[int], sampling: SamplingParams, timeout_s: float) -> Generation:
+    async def _generate(
+        self, ids: list[int], sampling: SamplingParams, timeout_s: float, on_tokens: TokenListener | None
+    ) -> Generation:
         state = self.state
         generation = await state.generator.generate(
-            ids, sampling, trajectory_id=state.trajectory_id, group_id=state.group_id, deadline=timeout_s
+            ids,
+            sampling,
+            trajectory_id=state.trajectory_id,
+            group_id=state.group_id,
+            deadline=timeout_s,
+            on_tokens=on_tokens,
         )
         if generation.finish == "abort":
             raise GenerationError(f"{generation.server} aborted the generation after {len(generation.ids)} tokens")
@@ -270,24 +350,33 @@ class Session:
 
     # Recording
 
-    def _record(
-        self, ask: Ask, plan: _Plan, context: list[int], names: Sequence[bytes], generation: Generation, ms: float
-    ) -> Answer:
-        builder = self.state.builder
-        start = plan.start
+    def _record(self, request: _Request, generation: Generation, stream: TurnStream | None) -> Answer:
+        segment, text = self._append(request, generation)
+        answer = self._read(request, text, generation)
+        if stream is not None:
+            answer = dataclasses.replace(answer, content=stream.end(answer.content, generation))
+        self._remember(request, answer.message, generation, segment)
+        return answer
+
+    def _append(self, request: _Request, generation: Generation) -> tuple[int, str]:
+        """Put a turn where it belongs; returns its segment and text."""
+        builder, start = self.state.builder, request.plan.start
         if start is not None and len(builder.ids_of(start.segment)) == start.length:
             segment = start.segment
-            self._observe(plan, segment)
+            self._observe(request.plan, segment)
         else:  # nothing to extend, or another turn has extended it meanwhile
             self.branches += bool(builder.turns)
-            builder.new_segment(context)
+            builder.new_segment(request.context)
             segment = builder.segment
-        turn = self.state.record(generation, ms=ms, segment=segment)
-        answer = self._read(ask, turn.text, generation, len(context))
-        self._before_turn[names[-1]] = _Point(segment, len(builder.ids_of(segment)) - len(generation.ids))
-        said = template_messages([answer.message])[0]  # as it will look when it comes back
-        self._after_turn[fingerprints([*ask.messages, said], ask.tools)[-1]] = _Point(segment, len(builder.ids_of(segment)))
-        return answer
+        ms = (time.monotonic() - request.started) * 1e3
+        return segment, self.state.record(generation, ms=ms, segment=segment).text
+
+    def _remember(self, request: _Request, said: Message, generation: Generation, segment: int) -> None:
+        """Know the place again when the same question, or what follows this answer, comes."""
+        ask, end = request.ask, len(self.state.builder.ids_of(segment))
+        self._before_turn[request.names[-1]] = _Point(segment, end - len(generation.ids))
+        said = template_messages([said])[0]  # as it will look when it comes back
+        self._after_turn[fingerprints([*ask.messages, said], ask.tools)[-1]] = _Point(segment, end)
 
     def _observe(self, plan: _Plan, segment: int) -> None:
         if not plan.observed:
@@ -315,17 +404,17 @@ class Session:
             if is_tool:
                 state.final_from = len(state.texts)
 
-    def _read(self, ask: Ask, text: str, generation: Generation, prompt_tokens: int) -> Answer:
+    def _read(self, request: _Request, text: str, generation: Generation) -> Answer:
         """The turn as the agent sees it. What it is shown need not be all that was sampled; the record is."""
-        is_cut = generation.finish == "length"
-        found = self.state.parser.find_calls(text, is_cut=is_cut) if ask.tools and ask.parses_calls else []
+        ask, is_cut = request.ask, generation.finish == "length"
+        thinking = request.plan.template.opened_thinking
+        found = self.state.parser.find_calls(thinking + text, is_cut=is_cut) if ask.tools and ask.parses_calls else []
         calls = [c for c in found if isinstance(c, ToolCall)][: ask.max_calls]
         content = text
         for stop in ask.stop:
             content = content.partition(stop)[0]
         if calls:
-            before = text[: max(0, text.find(calls[0].raw))] if calls[0].raw else ""
-            content = _OPENING_TAG.sub("", before).rstrip()
+            content = self._openings(ask).before_call(text, calls[0].raw)
         written: list[dict[str, Any]] = []
         for call in calls:
             identity = f"call_{uuid4().hex[:24]}"
@@ -333,7 +422,7 @@ class Session:
             function = {"name": call.name, "arguments": self.dumps(call.arguments)}
             written.append({"id": identity, "type": "function", "function": function})
         finish = "tool_calls" if written else "length" if is_cut else "stop"
-        return Answer(content=content, calls=written, finish=finish, prompt_tokens=prompt_tokens, generation=generation)
+        return Answer(content=content, calls=written, finish=finish, prompt_tokens=len(request.context), generation=generation)
 
 
 def _joined(left: Generation, right: Generation) -> Generation:

@@ -28,6 +28,10 @@ class ToolParser(Protocol):
     name: str
     markers: tuple[str, ...]
     """Strings by which a template that teaches this format can be told; only a hint, where a template prints no calls."""
+    openers: tuple[str, ...]
+    """Strings with which the markup of a call can begin: what is shown while it is sampled stops there."""
+    line_openers: tuple[str, ...]
+    """The same for strings that only count as the first of a line: brackets, in formats that mark calls with nothing else."""
 
     def find_calls(self, text: str, *, is_cut: bool = False) -> list[FoundCall]:
         """The calls in ``text``, in order, with a `ParseFailure` for each that is malformed.

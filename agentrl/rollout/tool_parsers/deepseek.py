@@ -23,6 +23,8 @@ class DeepSeekParser:
 
     name = "deepseek"
     markers: tuple[str, ...] = (CALL, SEPARATOR)
+    openers: tuple[str, ...] = (BEGIN, CALL)
+    line_openers: tuple[str, ...] = ()
 
     def find_calls(self, text: str, *, is_cut: bool = False) -> list[FoundCall]:
         """The calls of one turn."""

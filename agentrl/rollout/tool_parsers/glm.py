@@ -3,8 +3,10 @@
 A value is text; the tool's schema turns it into a number, list or object.
 """
 
+from functools import partial
+
 from agentrl.rollout.tool_parsers import FoundCall, tool_parser
-from agentrl.rollout.tool_parsers.reading import CUT, MAX_CALLS, MAX_RAW, body_of, call_from, failed, skip_space, spoken
+from agentrl.rollout.tool_parsers.reading import CUT, body_of, call_from, calls_in_blocks, failed, skip_space, spoken
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _KEY, _END_KEY, _VALUE, _END_VALUE = "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"
@@ -17,24 +19,13 @@ class GlmParser:
 
     name = "glm"
     markers: tuple[str, ...] = (_KEY, _VALUE)
+    openers: tuple[str, ...] = (OPEN,)
+    line_openers: tuple[str, ...] = ()
 
     def find_calls(self, text: str, *, is_cut: bool = False) -> list[FoundCall]:
         """The calls of one turn."""
-        text = spoken(text)
-        found: list[FoundCall] = []
-        position = 0
-        while len(found) < MAX_CALLS:
-            opening = text.find(OPEN, position)
-            stray = text.find(CLOSE, position, opening if opening >= 0 else len(text))
-            if stray >= 0:
-                found.append(failed(f"{CLOSE} without {OPEN} before it", text[position:stray][-MAX_RAW:].strip()))
-                position = stray + len(CLOSE)
-            elif opening < 0:
-                return found
-            else:
-                call, position = self._read(text, opening + len(OPEN), is_cut=is_cut)
-                found.append(call)
-        return found
+        read = partial(self._read, is_cut=is_cut)
+        return calls_in_blocks(spoken(text), read, opening=OPEN, closing=CLOSE)
 
     def _read(self, text: str, start: int, *, is_cut: bool) -> tuple[FoundCall, int]:
         """One call whose body begins at ``start``; also returns where to go on."""

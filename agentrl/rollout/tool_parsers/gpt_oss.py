@@ -25,6 +25,8 @@ class GptOssParser:
 
     name = "gpt_oss"
     markers: tuple[str, ...] = ("<|channel|>", "to=functions.", "<|call|>")
+    openers: tuple[str, ...] = ("<|start|>assistant to=", "<|channel|>commentary", " to=functions.", "commentary to=functions.")
+    line_openers: tuple[str, ...] = ()
 
     def find_calls(self, text: str, *, is_cut: bool = False) -> list[FoundCall]:
         """The calls of one turn."""

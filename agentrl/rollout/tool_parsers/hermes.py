@@ -5,13 +5,14 @@ a missing close tag after complete JSON. Everything else is a `ParseFailure` tha
 a call that only this parser understands would fail wherever the model is deployed.
 """
 
+from functools import partial
+
 from agentrl.rollout.tool_parsers import FoundCall, tool_parser
 from agentrl.rollout.tool_parsers.reading import (
     DECODER,
-    MAX_CALLS,
-    MAX_RAW,
     body_of,
     call_of_object,
+    calls_in_blocks,
     explain_json,
     failed,
     skip_space,
@@ -28,24 +29,13 @@ class HermesParser:
 
     name = "hermes"
     markers: tuple[str, ...] = ('{"name"', "<tool_call>")
+    openers: tuple[str, ...] = (OPEN,)
+    line_openers: tuple[str, ...] = ()
 
     def find_calls(self, text: str, *, is_cut: bool = False) -> list[FoundCall]:
         """The calls of one turn. Calls the model only thought about, inside ``<think>``, are not calls."""
-        text = spoken(text)
-        found: list[FoundCall] = []
-        position = 0
-        while len(found) < MAX_CALLS:
-            opening = text.find(OPEN, position)
-            stray = text.find(CLOSE, position, opening if opening >= 0 else len(text))
-            if stray >= 0:
-                found.append(failed(f"{CLOSE} without {OPEN} before it", text[position:stray][-MAX_RAW:].strip()))
-                position = stray + len(CLOSE)
-                continue
-            if opening < 0:
-                return found
-            call, position = self._read(text, opening + len(OPEN), is_cut=is_cut)
-            found.append(call)
-        return found
+        read = partial(self._read, is_cut=is_cut)
+        return calls_in_blocks(spoken(text), read, opening=OPEN, closing=CLOSE)
 
     def _read(self, text: str, start: int, *, is_cut: bool) -> tuple[FoundCall, int]:
         """One call whose body begins at ``start``; also returns where to go on."""

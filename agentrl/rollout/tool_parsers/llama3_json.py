@@ -25,6 +25,8 @@ class Llama3JsonParser:
 
     name = "llama3_json"
     markers: tuple[str, ...] = ('"parameters": dictionary of argument', TAG, '"parameters": ')
+    openers: tuple[str, ...] = (TAG,)
+    line_openers: tuple[str, ...] = ("{",)
 
     def find_calls(self, text: str, *, is_cut: bool = False) -> list[FoundCall]:
         """The calls of one turn."""

@@ -32,6 +32,8 @@ class MistralParser:
 
     name = "mistral"
     markers: tuple[str, ...] = (MARKER, ARGS)
+    openers: tuple[str, ...] = (MARKER, ARGS)
+    line_openers: tuple[str, ...] = ("[",)
 
     def find_calls(self, text: str, *, is_cut: bool = False) -> list[FoundCall]:
         """The calls of one turn."""

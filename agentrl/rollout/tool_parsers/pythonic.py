@@ -26,6 +26,8 @@ class PythonicParser:
 
     name = "pythonic"
     markers: tuple[str, ...] = ("<|tool_call_start|>", "<|python_start|>", "<function_calls>", "[func_name1(")
+    openers: tuple[str, ...] = tuple(opening for opening, _ in BLOCKS)
+    line_openers: tuple[str, ...] = ("[",)
 
     def find_calls(self, text: str, *, is_cut: bool = False) -> list[FoundCall]:
         """The calls of one turn."""

@@ -5,9 +5,10 @@ own line. A value is text without the line breaks next to its tags; the tool's s
 """
 
 import re
+from functools import partial
 
 from agentrl.rollout.tool_parsers import FoundCall, tool_parser
-from agentrl.rollout.tool_parsers.reading import CUT, MAX_CALLS, MAX_RAW, body_of, call_from, failed, skip_space, spoken
+from agentrl.rollout.tool_parsers.reading import CUT, body_of, call_from, calls_in_blocks, failed, skip_space, spoken
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _FUNCTION, _END_FUNCTION = "<function=", "</function>"
@@ -22,30 +23,13 @@ class Qwen3CoderParser:
 
     name = "qwen3_coder"
     markers: tuple[str, ...] = (_FUNCTION, _PARAMETER)
+    openers: tuple[str, ...] = (OPEN, _FUNCTION)
+    line_openers: tuple[str, ...] = ()
 
     def find_calls(self, text: str, *, is_cut: bool = False) -> list[FoundCall]:
         """The calls of one turn."""
-        text = spoken(text)
-        found: list[FoundCall] = []
-        position = 0
-        while len(found) < MAX_CALLS:
-            opening = text.find(OPEN, position)
-            before = opening if opening >= 0 else len(text)
-            stray = text.find(CLOSE, position, before)
-            bare = text.find(_FUNCTION, position, before)
-            if bare >= 0:
-                body, after = body_of(text, bare, opening=OPEN, closing=CLOSE)
-                found.append(failed(f"{OPEN} is missing before {_FUNCTION}…>. Write\n{EXAMPLE}", body))
-                position = len(text) if after is None else after
-            elif stray >= 0:
-                found.append(failed(f"{CLOSE} without {OPEN} before it", text[position:stray][-MAX_RAW:].strip()))
-                position = stray + len(CLOSE)
-            elif opening < 0:
-                return found
-            else:
-                call, position = self._read(text, opening + len(OPEN), is_cut=is_cut)
-                found.append(call)
-        return found
+        read = partial(self._read, is_cut=is_cut)
+        return calls_in_blocks(spoken(text), read, opening=OPEN, closing=CLOSE, inner=_FUNCTION, example=EXAMPLE)
 
     def _read(self, text: str, start: int, *, is_cut: bool) -> tuple[FoundCall, int]:
         """One call whose body begins at ``start``; also returns where to go on."""

@@ -7,7 +7,7 @@ import ast
 import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from agentrl.rollout.tool_parsers import FoundCall, ParseFailure
@@ -50,6 +50,47 @@ def body_of(text: str, start: int, *, opening: str, closing: str) -> tuple[str, 
     if again >= 0:
         return text[start:again].strip(), again
     return text[start:].strip(), None
+
+
+def calls_in_blocks(
+    text: str,
+    read: Callable[[str, int], tuple[FoundCall, int]],
+    *,
+    opening: str,
+    closing: str,
+    inner: str | None = None,
+    example: str = "",
+) -> list[FoundCall]:
+    """The calls of a turn in which each stands between two markers.
+
+    Args:
+        text: what was spoken.
+        read: one call whose body begins at this position; also returns where to go on.
+        opening: the marker before a call.
+        closing: the marker behind it.
+        inner: what begins a body in this format; outside of one it is a call that lacks ``opening``.
+        example: a well-formed call, shown where that happened.
+    """
+    found: list[FoundCall] = []
+    position = 0
+    while len(found) < MAX_CALLS:
+        start = text.find(opening, position)
+        before = start if start >= 0 else len(text)
+        bare = text.find(inner, position, before) if inner is not None else -1
+        stray = text.find(closing, position, before)
+        if bare >= 0:
+            body, after = body_of(text, bare, opening=opening, closing=closing)
+            found.append(failed(f"{opening} is missing before {inner}…>. Write\n{example}", body))
+            position = len(text) if after is None else after
+        elif stray >= 0:
+            found.append(failed(f"{closing} without {opening} before it", text[position:stray][-MAX_RAW:].strip()))
+            position = stray + len(closing)
+        elif start < 0:
+            return found
+        else:
+            call, position = read(text, start + len(opening))
+            found.append(call)
+    return found
 
 
 def failed(reason: str, raw: str) -> ParseFailure:

@@ -30,11 +30,22 @@ class Router:
         self.workers: list[dict[str, Any]] = []
         self.status = 200
         self.keys: set[str | None] = set()
+        self.times_asked = 0
         self.url = ""
         self._port = 0
 
     def lists(self, *servers: FakeSGLang, **fields: Any) -> None:
-        worker = {"model_id": "m", "priority": 50, "cost": 1.0, "worker_type": "regular", "is_healthy": False, "load": 0}
+        worker = {
+            "model_id": "m",
+            "priority": 50,
+            "cost": 1.0,
+            "worker_type": "regular",
+            "is_healthy": False,
+            "load": 0,
+            "connection_mode": "HTTP",
+            "metadata": {"tp_size": "1", "dp_size": "1"},
+            "disable_health_check": False,
+        }
         self.workers = [{"id": str(i), "url": s.url, **worker, **fields} for i, s in enumerate(servers)]
 
     async def start(self) -> None:
@@ -50,6 +61,7 @@ class Router:
         await self._runner.cleanup()
 
     async def _list(self, request: web.Request) -> web.Response:
+        self.times_asked += 1
         self.keys.add(request.headers.get("Authorization"))
         return web.json_response({"workers": self.workers, "total": len(self.workers), "stats": {}}, status=self.status)
 
@@ -82,7 +94,7 @@ async def test_servers_come_and_go_with_the_router_and_generate_directly(router:
         AsyncLLMServerManager() as manager,
     ):
         router.lists(a, b)
-        servers = RouterServers(router.url, manager=manager, session=session, api_key="k", poll_s=0.01)
+        servers = RouterServers(router.url, manager=manager, session=session, api_key="k", poll_s=0.01, gone_after_s=0.05)
         async with running(servers=servers.run()):
             await until(lambda: set(manager.urls) == {a.url, b.url})
             for url in manager.urls:
@@ -105,6 +117,35 @@ async def test_servers_come_and_go_with_the_router_and_generate_directly(router:
             await until(lambda: set(manager.urls) == {c.url})
         assert not manager.urls
     assert router.keys == {"Bearer k"}
+
+
+async def test_a_router_that_was_started_again_and_lists_nothing_yet_costs_no_server(
+    router: Router, session: aiohttp.ClientSession
+) -> None:
+    async with FakeSGLang(label=LABEL) as server, AsyncLLMServerManager() as manager:
+        router.lists(server)
+        async with running(servers=RouterServers(router.url, manager=manager, session=session, poll_s=0.01).run()):
+            await until(lambda: manager.urls == [server.url])
+            incarnation = manager.incarnation(server.url)
+            router.lists()
+            asked = router.times_asked
+            await until(lambda: router.times_asked > asked + 2)
+            assert manager.urls == [server.url]
+            router.lists(server)
+            asked = router.times_asked
+            await until(lambda: router.times_asked > asked + 2)
+            assert manager.incarnation(server.url) == incarnation
+
+
+async def test_a_server_that_is_listed_once_per_data_parallel_rank_is_one_server(
+    router: Router, session: aiohttp.ClientSession
+) -> None:
+    async with FakeSGLang(label=LABEL) as server, AsyncLLMServerManager() as manager:
+        router.lists(server, server)
+        for rank, entry in enumerate(router.workers):
+            entry["url"] += f"@{rank}"
+        async with running(servers=RouterServers(router.url, manager=manager, session=session).run()):
+            await until(lambda: manager.urls == [server.url])
 
 
 async def test_what_is_no_router_or_cannot_be_used_one_by_one_is_refused(router: Router, session: aiohttp.ClientSession) -> None:
