@@ -325,11 +325,11 @@ class WeightReconciler:
             self._trial = ""
         if failed is None or target is None or self._trial or asyncio.get_running_loop().time() < failed.not_before:
             return
-        idle = [stats for stats in self._manager.stats() if stats.url not in self._updating]
-        if not idle:
+        servers = self._manager.stats()
+        if self._updating or not servers:  # the last one that tried may still be on its way back: two would be out
             return
         # One that is out of rotation costs nothing, then the least busy one.
-        self._trial = min(idle, key=lambda stats: (stats.version == target.label, stats.tokens_in_flight)).url
+        self._trial = min(servers, key=lambda stats: (stats.version == target.label, stats.tokens_in_flight)).url
         self._backoffs.pop(self._trial, None)
         log.info("policy tried again label=%s url=%s try=%d", failed.record.label, self._trial, failed.tries + 1)
         self._manager.require_version(target.label, also=(failed.record.label,))
