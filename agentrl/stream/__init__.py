@@ -1,8 +1,10 @@
 """③ Carry trajectories: asynchronous producers on one side, one synchronous learner on the other, Redis between.
 
     codec.py        Trajectory and GroupClose <-> bytes; schema number, checksum, nothing pickled
+    arrays.py       the arrays of a segment <-> bytes
     keys.py         every Redis key: what it holds, who writes it, who trims it
     server.py       find, start, attach to and check the server; clients that never retry by themselves
+    lines.py        connections with many commands in flight
     scripts.py      the Lua that makes each step of an entry's life atomic
     put_ids.py      which ids were ever put: one by one while their group is open, a bit each afterwards
     producer.py     PUT: idempotent by trajectory id, bounded, never drops

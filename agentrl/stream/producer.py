@@ -48,7 +48,7 @@ _POLLS_PER_S: Final = 500
 _SLOTS: Final = 16
 """Scripts in flight. More would only hold their payloads in memory: the server handles one at a time."""
 _CHUNK: Final = 512
-_OFFLOAD_TOKENS: Final = 65_536
+_OFFLOAD_TOKENS: Final = 262_144
 """Above this, encoding takes longer than a millisecond or two and moves to a thread."""
 
 
