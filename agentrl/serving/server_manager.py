@@ -72,8 +72,8 @@ class _Call:
         return self.sampling.max_new_tokens - len(self.so_far)
 
     @property
-    def context(self) -> list[int]:
-        return [*self.ids, *self.so_far.ids] if self.so_far.ids or not isinstance(self.ids, list) else self.ids
+    def context(self) -> Sequence[int]:
+        return [*self.ids, *self.so_far.ids] if self.so_far.ids else self.ids
 
     @property
     def is_complete(self) -> bool:

@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, cast
 import aiohttp
 import numpy as np
 import orjson
+from numpy.typing import NDArray
 from yarl import URL
 
 from agentrl.errors import GenerationError, WeightSyncError
@@ -178,8 +179,9 @@ class SGLangClient:
             EngineUnavailable: this server failed; ``into`` holds what arrived.
         """
         partial = PartialGeneration() if into is None else into
-        self._check_ids(ids)
-        body = orjson.dumps(self._generate_body(ids, sampling, rid, cache_namespace, adapter), option=orjson.OPT_SERIALIZE_NUMPY)
+        body = orjson.dumps(
+            self._generate_body(self._checked_ids(ids), sampling, rid, cache_namespace, adapter), option=orjson.OPT_SERIALIZE_NUMPY
+        )
         try:
             async with self._session.post(
                 self._generate_url, data=body, headers=self._headers, timeout=self._generate_timeout
@@ -209,19 +211,30 @@ class SGLangClient:
             )
         return partial
 
-    def _check_ids(self, ids: Sequence[int]) -> None:
+    def _checked_ids(self, ids: Sequence[int]) -> NDArray[np.uint32]:
+        """The ids as the request carries them. The whole context passes here at every turn, hence no loop in Python.
+
+        Raises:
+            EngineRejected: there is none, one is no token id, or one lies outside the vocabulary.
+        """
         if len(ids) == 0:
             raise EngineRejected("an empty prompt was about to be sent. Every generation needs at least one token.")
-        if self.vocab_size is not None:
-            highest = _highest(ids)
-            if highest >= self.vocab_size:
-                raise EngineRejected(
-                    f"token id {highest} does not fit a vocabulary of {self.vocab_size}: an unchecked id kills SGLang. "
-                    "The tokenizer and the served model differ."
-                )
+        try:
+            # Always a copy: while its memory is lent out, the caller's array cannot grow.
+            checked = np.array(array("I", ids), np.uint32)
+        except (TypeError, OverflowError) as error:
+            raise EngineRejected(
+                f"one of {len(ids)} values is no token id: {error}. The tokenizer or the loop is broken."
+            ) from error
+        if self.vocab_size is not None and (highest := int(checked.max())) >= self.vocab_size:
+            raise EngineRejected(
+                f"token id {highest} does not fit a vocabulary of {self.vocab_size}: an unchecked id kills SGLang. "
+                "The tokenizer and the served model differ."
+            )
+        return checked
 
     def _generate_body(
-        self, ids: Sequence[int], sampling: SamplingParams, rid: str, cache_namespace: str | None, adapter: str | None
+        self, ids: NDArray[np.uint32], sampling: SamplingParams, rid: str, cache_namespace: str | None, adapter: str | None
     ) -> dict[str, Any]:
         params: dict[str, Any] = {
             "max_new_tokens": sampling.max_new_tokens,
@@ -238,7 +251,7 @@ class SGLangClient:
             params["stream_interval"] = self._stream_interval
         body: dict[str, Any] = {
             "rid": rid,
-            "input_ids": ids if isinstance(ids, list) else list(ids),
+            "input_ids": ids,
             "sampling_params": params,
             "stream": True,
             "return_logprob": True,
@@ -495,18 +508,6 @@ class SGLangClient:
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             what = f"no answer within {timeout_s:g} s" if scope.expired() else repr(error)
             raise WeightSyncError(f"{self.url}{path} failed: {what}. Look at that engine's log.") from error
-
-
-def _highest(ids: Sequence[int]) -> int:
-    """The highest id. The whole context passes here at every turn, hence no loop in Python.
-
-    Raises:
-        EngineRejected: a negative number, or no number.
-    """
-    try:
-        return int(np.frombuffer(array("I", ids), np.uint32).max())
-    except (TypeError, OverflowError) as error:
-        raise EngineRejected(f"one of {len(ids)} values is no token id: {error}. The tokenizer or the loop is broken.") from error
 
 
 def expand_spans(spans: Sequence[Mapping[str, Any]], num_tokens: int, *, shift: int) -> list[str | None]:
