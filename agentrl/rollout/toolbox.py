@@ -248,6 +248,8 @@ class ToolSession:
         Raises:
             ToolInfraError: a tool failed outside the model's control; the turn's other calls are cancelled.
         """
+        if len(calls) == 1:
+            return [await self._answer(calls[0], turn)]
         results: list[Observation | None] = [None] * len(calls)
 
         async def answer(index: int, call: FoundCall) -> None:
