@@ -72,10 +72,16 @@ class PartialGeneration:
     @property
     def versions(self) -> list[int]:
         """Per token, the policy version; -1 where the label is not one of ours."""
-        known = {label: version_of_label(label) for label in set(self.labels)}
+        known = {label: version_of_label(label) for label in self.distinct_labels()}
         if len(known) == 1:
             return list(known.values()) * len(self.labels)
         return [known[label] for label in self.labels]
+
+    def distinct_labels(self) -> set[str]:
+        """The labels there are: nearly always one, which is seen without hashing each entry."""
+        labels = self.labels
+        is_one = bool(labels) and labels.count(labels[0]) == len(labels)
+        return {labels[0]} if is_one else set(labels)
 
     def truncate(self, length: int) -> None:
         """Forget the tokens from ``length`` on."""
