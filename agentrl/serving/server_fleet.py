@@ -133,6 +133,7 @@ class ServerFleet:
 
     def _leave(self, server: Server) -> None:
         server.is_gone = True
+        server.client.close()
         self.evict(server)
 
     # ---- policy versions

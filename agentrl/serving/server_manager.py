@@ -93,7 +93,7 @@ class AsyncLLMServerManager(Generator):
     belong to one event loop. Only ``generate``, ``run``, ``wait_drained`` and ``aclose`` wait.
 
     Args:
-        session: shared HTTP session, whose connector should have ``limit=0``; None opens one that ``aclose`` closes.
+        session: shared HTTP session for control calls; None opens one that ``aclose`` closes.
         seed: of the random tie-breaks.
         max_attempts: failed attempts per ``generate`` before ``GenerationError``; resumed aborts are not failures.
         breaker_failures: consecutive failures that open a server's circuit breaker.
@@ -192,7 +192,10 @@ class AsyncLLMServerManager(Generator):
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close the session if it is ours. Requests in flight break off."""
+        """Close the connections, and the session if it is ours. Requests in flight break off."""
+        for server in self._fleet.servers():
+            server.client.close()
+            self._fleet.evict(server)
         if self._given_session is None and self._session is not None:
             await self._session.close()
             self._session = None

@@ -14,7 +14,7 @@ of the chunk it arrived in: at a version boundary up to one chunk of tokens may 
 import asyncio
 import math
 from array import array
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from yarl import URL
 
 from agentrl.errors import GenerationError, WeightSyncError
+from agentrl.serving.engine_http import EngineConnections, Head
 from agentrl.types import FinishReason, SamplingParams, version_of_label
 from agentrl.weights.buckets import Bucket
 
@@ -118,13 +119,13 @@ class ParallelLayout(NamedTuple):
 
 
 class SGLangClient:
-    """Calls to one server over a shared session.
+    """Calls to one server: generations over connections of its own (``close`` them), control calls over a shared session.
 
     Args:
         url: ``http://host:port``, without a path.
         api_key: for ``/generate`` and other data endpoints.
         admin_key: for control endpoints; SGLang takes only this one there when it has one. Defaults to ``api_key``.
-        session: owned by the caller.
+        session: for control calls; owned by the caller.
         vocab_size: ids outside ``[0, vocab_size)`` are refused here, since SGLang would crash on them. Unknown sizes
             are filled in by ``describe`` where the server tells.
         stream_interval: tokens per streamed chunk to ask for; None leaves it to the server. A crash loses at most
@@ -150,12 +151,20 @@ class SGLangClient:
         self.span_shift = 0
         self.is_embedded = False
         self._session = session
-        self._generate_url = URL(f"{self.url}/generate")
         self._stream_interval = stream_interval
-        self._generate_timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s, sock_read=stall_timeout_s)
         self._control_timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s)
         self._headers = {"Content-Type": "application/json"} | _bearer(api_key)
         self._admin_headers = {"Content-Type": "application/json"} | _bearer(admin_key or api_key)
+        self._connections = EngineConnections(
+            URL(f"{self.url}/generate"),
+            headers=self._headers,
+            connect_timeout_s=connect_timeout_s,
+            stall_timeout_s=stall_timeout_s,
+        )
+
+    def close(self) -> None:
+        """Close the connections that generations used; those in use are closed at their end."""
+        self._connections.close()
 
     # ---- the hot path
 
@@ -186,20 +195,23 @@ class SGLangClient:
         """
         partial = PartialGeneration() if into is None else into
         body = orjson.dumps(
-            self._generate_body(self._checked_ids(ids), sampling, rid, cache_namespace, adapter), option=orjson.OPT_SERIALIZE_NUMPY
+            self._generate_body(self._checked_ids(ids), sampling, rid, cache_namespace, adapter),
+            option=orjson.OPT_SERIALIZE_NUMPY,
         )
+        whole: list[bytes] = []
+
+        def read(head: Head) -> Callable[[bytes], None]:
+            if head.status == 200 and head.content_type != "application/json":
+                return _Events(lambda payload: self._take(orjson.loads(payload), partial)).feed
+            return whole.append
+
         try:
-            async with self._session.post(
-                self._generate_url, data=body, headers=self._headers, timeout=self._generate_timeout
-            ) as response:
-                if response.status != 200:
-                    raise _refusal(self.url, response.status, await response.text(), adapter)
-                if response.content_type == "application/json":
-                    self._take(orjson.loads(await response.read()), partial)
-                else:
-                    async for payload in _events(response):
-                        self._take(orjson.loads(payload), partial)
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            head = await self._connections.post(body, read)
+            if head.status != 200:
+                raise _refusal(self.url, head.status, b"".join(whole).decode("utf-8", "replace"), adapter)
+            if whole:
+                self._take(orjson.loads(b"".join(whole)), partial)
+        except OSError as error:  # a TimeoutError is one
             raise EngineUnavailable(
                 f"{self.url} broke off after {len(partial)} tokens of request {rid}: {error!r}. Look at that engine's log."
             ) from error
@@ -550,16 +562,20 @@ def _fresh_count(ids: list[int], meta: Mapping[str, Any], known: list[int]) -> i
     return int(total) - len(known)
 
 
-async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-    """The payloads of a server-sent event stream, read to its end so that the connection can be reused."""
-    rest = b""
-    async for block in response.content.iter_any():
-        *lines, rest = (rest + block).split(b"\n")
+class _Events:
+    """The payloads of a server-sent event stream, as its bytes arrive."""
+
+    def __init__(self, take: Callable[[bytes], None]) -> None:
+        self._take = take
+        self._rest = b""
+
+    def feed(self, block: bytes) -> None:
+        *lines, self._rest = (self._rest + block).split(b"\n")
         for line in lines:
             if line.startswith(b"data:"):
                 payload = line[5:].strip()
                 if payload != b"[DONE]":
-                    yield payload
+                    self._take(payload)
 
 
 def _bearer(key: str | None) -> dict[str, str]:

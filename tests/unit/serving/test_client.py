@@ -30,7 +30,11 @@ TEN = SamplingParams(max_new_tokens=10)
 @asynccontextmanager
 async def client_of(url: str, **options: Any) -> AsyncGenerator[SGLangClient, None]:
     async with aiohttp.ClientSession() as session:
-        yield SGLangClient(url, session=session, **options)
+        client = SGLangClient(url, session=session, **options)
+        try:
+            yield client
+        finally:
+            client.close()
 
 
 @asynccontextmanager
