@@ -120,6 +120,7 @@ class ChatTemplate:
             raise TemplateError("the tokenizer has no chat template; set `chat_template` in its tokenizer_config.json")
         self.tokenizer = tokenizer
         self.tools = list(tools) if tools else None
+        self._tools_key = _key_of_tools(tools)
         self._kwargs = dict(template_kwargs or {})
         self.allow_rewrites = allow_rewrites
         added: dict[int, Any] = tokenizer.added_tokens_decoder
@@ -159,8 +160,8 @@ class ChatTemplate:
 
     def with_tools(self, tools: Sequence[dict[str, Any]] | None) -> "ChatTemplate":
         """The same template with other tools; remembered, because rows share few selections."""
-        key = json.dumps(list(tools) if tools else None, sort_keys=True)
-        if key == json.dumps(self.tools, sort_keys=True):
+        key = _key_of_tools(tools)
+        if key == self._tools_key:
             return self
         if key not in self._siblings:
             self._siblings[key] = ChatTemplate(
@@ -518,6 +519,10 @@ def _up_to_marker(text: str, nth: int) -> str:
             return ""
         end = found + len(_MARKER)
     return text[:end]
+
+
+def _key_of_tools(tools: Sequence[dict[str, Any]] | None) -> str:
+    return json.dumps(list(tools) if tools else None, sort_keys=True)
 
 
 def _unique(ids: Sequence[int | None]) -> tuple[int, ...]:

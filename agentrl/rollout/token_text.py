@@ -11,8 +11,12 @@ give what the tokenizer itself gives, and left for good otherwise:
 """
 
 import random
+from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 _PROBES = (
     "", " ", "a", " leading and trailing ", "two\n\nlines\ttab\r\n", "é ﷽ 🧮 \u200d 漢字 ¡", "<think>\n{\"a\": [1, 2.5]}</think>",
@@ -31,14 +35,14 @@ class TokenText:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-        self._bytes: list[bytes] | None = None
+        self._bytes: NDArray[np.object_] | None = None
         self._encodes_fast = False
         if self._backend is None:
             return
         self._encodes_fast = hasattr(self._backend, "encode_batch_fast") and self._agrees_on_text()
         table = _byte_table(self._backend, tokenizer)
         if table is not None and self._agrees_on_ids(table):
-            self._bytes = table
+            self._bytes = np.array(table, dtype=np.object_)
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``; control tokens written in it become control tokens."""
@@ -50,10 +54,11 @@ class TokenText:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``, control tokens included."""
-        if self._bytes is not None and (not ids or min(ids) >= 0):  # a negative index would count from the end
+        if self._bytes is not None:
             try:
-                return b"".join(map(self._bytes.__getitem__, ids)).decode("utf-8", "replace")
-            except IndexError:
+                pieces: list[bytes] = self._bytes[np.frombuffer(array("I", ids), np.uint32)].tolist()
+                return b"".join(pieces).decode("utf-8", "replace")
+            except (IndexError, OverflowError):
                 pass  # an id the vocabulary lacks: the tokenizer knows what it does with it
         return self._slowly(ids)
 

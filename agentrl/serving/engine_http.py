@@ -128,7 +128,8 @@ class _Connection(asyncio.Protocol):
         self.idle_since = 0.0
 
     async def exchange(self, head: bytes, body: bytes, read: Reader, stall_timeout_s: float | None) -> Head:
-        assert self._transport is not None and self._whole is None
+        assert self._transport is not None
+        assert self._whole is None, "a connection carries one request at a time"
         self._answer, self._whole = _Answer(read), self._loop.create_future()
         self._transport.writelines((head, body))
         if stall_timeout_s is not None:

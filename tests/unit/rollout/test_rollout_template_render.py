@@ -27,7 +27,7 @@ DIALOGUES: list[list[Message]] = [
 def outcome(render: Any, messages: list[Message], generation_prompt: bool) -> str:
     try:
         return str(render(messages, generation_prompt))
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  # a template raises what it likes
         return f"{type(error).__name__}: {error}"
 
 

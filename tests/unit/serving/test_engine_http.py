@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 import pytest
@@ -181,10 +181,8 @@ def test_where_an_answer_is_cut_on_its_way_makes_no_difference(cuts: list[int]) 
 @given(st.binary(max_size=200), st.sampled_from([b"", OK, CHUNKED, LENGTH]))
 def test_arbitrary_bytes_are_an_answer_or_a_broken_one(data: bytes, start: bytes) -> None:
     answer = _Answer(lambda _: lambda _: None)
-    try:
+    with suppress(BrokenAnswer):
         answer.feed(start + data)
-    except BrokenAnswer as error:
-        assert str(error)
 
 
 @pytest.mark.asyncio
