@@ -20,6 +20,8 @@ _PROBES: tuple[list[Message], ...] = (
     [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "thinking": "t", "reasoning_content": "t"}],
 )
 
+_TEXT_ONLY = {str}
+
 
 class TemplateRender:
     """The tokenizer's chat template for one set of tools.
@@ -83,8 +85,9 @@ def _compiled_template(tokenizer: Any, tools: list[dict[str, Any]] | None) -> An
 def _is_passed_on(message: Message) -> bool:
     """``transformers`` would hand this message to the template as it is: it leaves out what is None, and copies reasoning
     under each of the names that templates know."""
-    has_one_name = "reasoning" not in message and message.get("thinking") == message.get("reasoning_content")
-    return has_one_name and None not in message.values() and _is_plain(message)
+    if "reasoning" in message or message.get("thinking") != message.get("reasoning_content"):
+        return False
+    return set(map(type, message.values())) == _TEXT_ONLY or (None not in message.values() and _is_plain(message))
 
 
 def _is_plain(value: Any) -> bool:

@@ -105,7 +105,10 @@ class TrajectoryBuilder:
     @property
     def num_response_tokens(self) -> int:
         """Tokens after the prompts, sampled and observed, over all segments."""
-        return sum(s.num_response_tokens for s in self._segments)
+        num_tokens = 0
+        for segment in self._segments:
+            num_tokens += segment.num_response_tokens
+        return num_tokens
 
     @property
     def num_sampled(self) -> int:

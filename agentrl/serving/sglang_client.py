@@ -16,7 +16,6 @@ import math
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import itemgetter
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import aiohttp
@@ -35,8 +34,6 @@ PauseMode: TypeAlias = Literal["in_place", "retract", "abort"]
 _REFUSED_FOR_GOOD = frozenset({400, 413, 422})
 _BUSY = frozenset({429, 503})
 _ERROR_TEXT_LIMIT = 400
-_LOGPROB, _TOKEN = itemgetter(0), itemgetter(1)
-"""Of one ``[logprob, token, text]`` entry."""
 
 
 class EngineRejected(GenerationError):
@@ -215,7 +212,7 @@ class SGLangClient:
             raise EngineUnavailable(
                 f"{self.url} broke off after {len(partial)} tokens of request {rid}: {error!r}. Look at that engine's log."
             ) from error
-        except (orjson.JSONDecodeError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, IndexError) as error:
             raise EngineUnavailable(
                 f"{self.url} sent a chunk that is not SGLang's ({error!r}) after {len(partial)} tokens of request {rid}. "
                 "Check that the url is an SGLang or embedded engine."
@@ -287,18 +284,18 @@ class SGLangClient:
             raise _stream_error(self.url, chunk["error"])
         meta = chunk["meta_info"]
         ids: list[int] = chunk.get("output_ids") or []
-        entries: list[Any] = meta.get("output_token_logprobs") or []
+        entries: list[tuple[float, int, Any]] = meta.get("output_token_logprobs") or []  # (logprob, token, its text)
         have = len(partial)
         fresh = _fresh_count(ids, meta, partial.ids)
         if fresh > 0:
             new_ids, new_entries = (ids, entries) if fresh == len(ids) == len(entries) else (ids[-fresh:], entries[-fresh:])
-            tokens = list(map(_TOKEN, new_entries))
+            tokens = [token for _, token, _ in new_entries]
             if len(new_ids) != fresh or tokens != new_ids:
                 raise EngineUnavailable(
                     f"{self.url} sent {len(new_ids)} ids and {len(new_entries)} logprobs for {fresh} new tokens, or they name "
                     "other tokens; they must pair up. Start the engine without flags that drop logprobs."
                 )
-            logprobs: list[float] = list(map(_LOGPROB, new_entries))
+            logprobs: list[float] = [logprob for logprob, _, _ in new_entries]
             # The sum is the quick test: it is not finite if one of them is not, and no number if one of them is none.
             if not math.isfinite(sum(logprobs)) and not all(map(math.isfinite, logprobs)):
                 raise EngineUnavailable(
