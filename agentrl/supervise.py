@@ -4,9 +4,10 @@ cancellation may be ignored, ``waiting()`` to say what for."""
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Coroutine, Generator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any, TypeVar
 
 from agentrl.errors import AgentRLError, DeadlineExceeded
@@ -55,21 +56,36 @@ async def running(**loops: Coroutine[None, None, None]) -> AsyncGenerator[None, 
             loop.close()  # one that was cancelled before its first step was never awaited
 
 
-@asynccontextmanager
-async def deadline(seconds: float, stage: str) -> AsyncGenerator[None, None]:
+class _Deadline:
+    """See `deadline`. A class, because it is entered several times a turn and a generator costs thrice as much."""
+
+    __slots__ = ("_scope", "_seconds", "_stage")
+
+    def __init__(self, seconds: float, stage: str) -> None:
+        self._seconds, self._stage = seconds, stage
+        self._scope = asyncio.timeout(seconds)
+
+    async def __aenter__(self) -> None:
+        await self._scope.__aenter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            await self._scope.__aexit__(kind, error, traceback)
+        except TimeoutError as late:
+            error = late
+        if isinstance(error, TimeoutError) and self._scope.expired():
+            raise DeadlineExceeded(self._stage, self._seconds) from error
+
+
+def deadline(seconds: float, stage: str) -> AbstractAsyncContextManager[None, None]:
     """Bound the block from outside. A ``TimeoutError`` that the block itself raises passes through unchanged.
 
     Raises:
         DeadlineExceeded: the block took longer than ``seconds``.
     """
-    scope = asyncio.timeout(seconds)
-    try:
-        async with scope:
-            yield
-    except TimeoutError as error:
-        if scope.expired():
-            raise DeadlineExceeded(stage, seconds) from error
-        raise
+    return _Deadline(seconds, stage)
 
 
 def num_left_behind() -> int:
@@ -112,24 +128,29 @@ def _forget(task: "asyncio.Task[Any]") -> None:
         logger.debug("left_behind_failed stage=%s: %s", task.get_name(), task.exception())
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class _Wait:
-    reason: str
-    since: float
+    """See `waiting`. A class for the same reason as `_Deadline`."""
+
+    __slots__ = ("reason", "since")
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        self.since = 0.0
+
+    def __enter__(self) -> None:
+        self.since = time.monotonic()
+        _WAITS.add(self)
+
+    def __exit__(self, *_: object) -> None:
+        _WAITS.discard(self)
 
 
 _WAITS: set[_Wait] = set()
 
 
-@contextmanager
-def waiting(reason: str) -> Generator[None, None, None]:
+def waiting(reason: str) -> AbstractContextManager[None, None]:
     """Say what the block waits for: ``capacity | server | tool:<name> | group | trainer | weights | stream | reward``."""
-    wait = _Wait(reason, time.monotonic())
-    _WAITS.add(wait)
-    try:
-        yield
-    finally:
-        _WAITS.discard(wait)
+    return _Wait(reason)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -108,6 +108,7 @@ class RolloutState:
     parser: ToolParser
     limits: Limits
     sampling: SamplingParams
+    """Of every turn; stops where the template's turns end."""
     builder: TrajectoryBuilder
     trajectory_id: str
     group_id: str
@@ -149,12 +150,10 @@ class RolloutState:
         self._shorten_context()
         left_s = self.ends_at - asyncio.get_running_loop().time()
         timeout_s = max(0.0, min(self.limits.turn_timeout_s, left_s))
-        stops = (*self.sampling.stop_token_ids, *self.template.stop_ids)
-        sampling = dataclasses.replace(
-            self.sampling,
-            max_new_tokens=min(self.sampling.max_new_tokens, self.limits.max_tokens_per_turn, self.tokens_left),
-            stop_token_ids=tuple(dict.fromkeys(stops)),
-        )
+        budget = min(self.sampling.max_new_tokens, self.limits.max_tokens_per_turn, self.tokens_left)
+        sampling = self.sampling
+        if budget != sampling.max_new_tokens:
+            sampling = dataclasses.replace(sampling, max_new_tokens=budget)
         started = time.monotonic()
         with waiting("server"):
             async with deadline(timeout_s + _CALLEE_FIRST_S, "turn"):
@@ -167,10 +166,8 @@ class RolloutState:
                 )
         if generation.finish == "abort":
             raise Aborted(f"{generation.server} aborted the generation after {len(generation.ids)} tokens")
-        if len(generation.ids) > sampling.max_new_tokens:
-            raise GenerationError(
-                f"{generation.server} returned {len(generation.ids)} tokens although {sampling.max_new_tokens} were asked for"
-            )
+        if len(generation.ids) > budget:
+            raise GenerationError(f"{generation.server} returned {len(generation.ids)} tokens although {budget} were asked for")
         return self.record(generation, ms=(time.monotonic() - started) * 1e3)
 
     def record(self, generation: Generation, *, ms: float, segment: int | None = None) -> SampledTurn:
@@ -502,6 +499,8 @@ async def run_rollout(
     play = get_agent_loop(loop)
     created = time.time()
     shown = template.with_tools(toolbox.schemas(task.tool_selection)) if loop != "single_turn" else template.with_tools(None)
+    stops = (*sampling.stop_token_ids, *shown.stop_ids)
+    sampling = dataclasses.replace(sampling, stop_token_ids=tuple(dict.fromkeys(stops)))
     env = scorer.env
     # An agent of its own opens with what it likes; the others with the Env's messages, or the row's.
     messages = env.prompt(task) if env is not None and hasattr(env, "prompt") else task.prompt

@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from agentrl.errors import TemplateError
+from agentrl.rollout.template_render import TemplateRender
 from agentrl.rollout.template_self_test import WHAT_TO_DO, TemplateReport, self_test
 from agentrl.rollout.token_diff import show_difference
 from agentrl.rollout.token_text import GrowingText, TokenText
@@ -70,6 +71,19 @@ _TOOL_KINDS = tuple(_Kind(calls, reasoning) for calls in ("all", "one", "none") 
 _USER_KINDS = (_Kind("none", False), _Kind("none", True))
 
 
+class _Base(NamedTuple):
+    """A dialogue that ends with a synthetic assistant turn: what everything that follows must continue."""
+
+    opening: list[Message]
+    text: str
+    split: int
+    """Position behind the marker in ``text``."""
+    closing: list[int]
+    """Ids of the text from there on."""
+    end: int
+    """Position in ``closing`` of the token that ends the turn; -1 where the opening token of the next message ends it."""
+
+
 class _Ends(NamedTuple):
     """How the template ends an assistant turn."""
 
@@ -106,6 +120,7 @@ class ChatTemplate:
             raise TemplateError("the tokenizer has no chat template; set `chat_template` in its tokenizer_config.json")
         self.tokenizer = tokenizer
         self.tools = list(tools) if tools else None
+        self._tools_key = _key_of_tools(tools)
         self._kwargs = dict(template_kwargs or {})
         self.allow_rewrites = allow_rewrites
         added: dict[int, Any] = tokenizer.added_tokens_decoder
@@ -117,11 +132,12 @@ class ChatTemplate:
         self._forgeable = _lookahead(added[i].content for i in self._control_ids)
         self._forgeable_special = _lookahead(added[i].content for i in self._special_ids)
         self._variants: dict[tuple[str, bool], _Kind] = {}
-        self._control_counts: dict[tuple[str, ...], Counter[int]] = {}
+        self._controls: dict[tuple[str, ...], list[int]] = {}
         self._siblings: dict[str, ChatTemplate] = {}
-        self._bases: OrderedDict[str, str] = OrderedDict()
+        self._bases: OrderedDict[tuple[_Kind, tuple[tuple[str, str], ...]], _Base] = OrderedDict()
         self._prompts: OrderedDict[tuple[tuple[tuple[str, str], ...], ...], list[int]] = OrderedDict()
         self._text = text or TokenText(tokenizer)
+        self._fill = TemplateRender(tokenizer, tools=self.tools, template_kwargs=self._kwargs)
         self.arguments_as_text = self._wants_text()
         """The template takes a call's arguments as JSON text (DeepSeek), not as an object."""
         prompt = self.render([{"role": "user", "content": _MARKER}], generation_prompt=True)
@@ -144,8 +160,8 @@ class ChatTemplate:
 
     def with_tools(self, tools: Sequence[dict[str, Any]] | None) -> "ChatTemplate":
         """The same template with other tools; remembered, because rows share few selections."""
-        key = json.dumps(list(tools) if tools else None, sort_keys=True)
-        if key == json.dumps(self.tools, sort_keys=True):
+        key = _key_of_tools(tools)
+        if key == self._tools_key:
             return self
         if key not in self._siblings:
             self._siblings[key] = ChatTemplate(
@@ -182,7 +198,7 @@ class ChatTemplate:
         """
         ids = self._tail_ids([self.neutral(m) for m in messages])
         expected = self._expected_controls(messages)
-        found = Counter(i for i in ids if i in self._special_ids)
+        found = self._controls_in(ids)
         if found != expected:
             raise TemplateError(
                 "observation text changed the control tokens of the template: "
@@ -251,15 +267,12 @@ class ChatTemplate:
             TemplateError: the template refuses the messages.
         """
         try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages), tools=self.tools, tokenize=False, add_generation_prompt=generation_prompt, **self._kwargs
-            )
+            return self._fill(messages, generation_prompt=generation_prompt)
         except TemplateError:
             raise
         except Exception as error:  # a template is a program: it raises what it likes
             roles = ", ".join(str(m.get("role")) for m in messages)
             raise TemplateError(f"the chat template failed on messages with roles [{roles}]: {error}") from error
-        return str(text)
 
     def encode(self, text: str) -> list[int]:
         """Ids of rendered text; tokens that `neutral` cut in two stay apart."""
@@ -305,46 +318,53 @@ class ChatTemplate:
         raise failure or TemplateError("the template does not print the assistant's turns")
 
     def _tail_after(self, kind: _Kind, messages: Sequence[Message]) -> list[int]:
-        turn, numbered = self._synthetic(kind, messages)
-        opening: list[Message] = [{"role": "user", "content": "q"}, turn]
-        base = self._base(opening)
-        full = self.render([*opening, *numbered], generation_prompt=True)
-        if _MARKER not in base:
-            raise TemplateError("the template does not print the assistant's turns")
-        split = base.rindex(_MARKER) + len(_MARKER)
+        base, numbered = self._base(kind, messages)
+        full = self.render([*base.opening, *numbered], generation_prompt=True)
+        text, split = base.text, base.split
         kept = full[:split]
-        if self.allow_rewrites and not full.startswith(base[:split]):
-            kept = _up_to_marker(full, base.count(_MARKER))
-            full, base, split = full[len(kept) :], base[split:], 0
-        if not self._ends.closers:
-            if not full.startswith(base):
-                raise self._not_preserving(messages, base, full)
-            ids = self.encode(full[len(base) :])
+        if self.allow_rewrites and not full.startswith(text[:split]):
+            kept = _up_to_marker(full, text.count(_MARKER))
+            full, text, split = full[len(kept) :], text[split:], 0
+        if base.end < 0:
+            if not full.startswith(text):
+                raise self._not_preserving(messages, text, full)
+            ids = self.encode(full[len(text) :])
             start = next((n for n, i in enumerate(ids) if i in self._control_ids), None)
             if start is None:
-                raise TemplateError(f"no control token between an assistant turn and what follows it: {full[len(base) :]!r}")
+                raise TemplateError(f"no control token between an assistant turn and what follows it: {full[len(text) :]!r}")
             return ids[start:]
-        closing, ids = self.encode(base[split:]), self.encode(full[split:])
-        end = self._end_in(closing)
+        ids, end = self.encode(full[split:]), base.end
         if (
-            not full.startswith(base[:split])
+            not full.startswith(text[:split])
             or not kept
-            or ids[:end] != closing[:end]
+            or ids[:end] != base.closing[:end]
             or end >= len(ids)
             or ids[end] not in self._added_ids
         ):
-            raise self._not_preserving(messages, base, full)
+            raise self._not_preserving(messages, text, full)
         return ids[end:]
 
-    def _base(self, opening: list[Message]) -> str:
-        key = json.dumps(opening, sort_keys=True)
+    def _base(self, kind: _Kind, messages: Sequence[Message]) -> tuple[_Base, list[Message]]:
+        """The dialogue that ``messages`` continue, and the messages with the names and ids that it uses."""
+        numbered = _numbered(messages)
+        called = numbered if kind.calls == "all" else numbered[: kind.calls == "one"]
+        key = kind, tuple((m["name"], m["tool_call_id"]) for m in called) if messages[0]["role"] == "tool" else ()
         if key in self._bases:
             self._bases.move_to_end(key)
         else:
-            self._bases[key] = self.render(opening, generation_prompt=False)
+            self._bases[key] = self._new_base(self._synthetic(kind, messages[0]["role"], called))
             if len(self._bases) > _BASES_KEPT:
                 self._bases.popitem(last=False)
-        return self._bases[key]
+        return self._bases[key], numbered
+
+    def _new_base(self, turn: Message) -> _Base:
+        opening: list[Message] = [{"role": "user", "content": "q"}, turn]
+        text = self.render(opening, generation_prompt=False)
+        if _MARKER not in text:
+            raise TemplateError("the template does not print the assistant's turns")
+        split = text.rindex(_MARKER) + len(_MARKER)
+        closing = self.encode(text[split:])
+        return _Base(opening, text, split, closing, self._end_in(closing) if self._ends.closers else -1)
 
     def _require_printed(self, kind: _Kind, messages: Sequence[Message]) -> None:
         probes: list[Message] = [{**m, "content": _PROBE} for m in messages]
@@ -371,35 +391,24 @@ class ChatTemplate:
             f"{self.decode_all(closing)!r}"
         )
 
-    def _synthetic(self, kind: _Kind, messages: Sequence[Message]) -> tuple[Message, list[Message]]:
-        """An assistant turn that ``messages`` may follow, and the messages with the names and ids that it uses."""
+    def _synthetic(self, kind: _Kind, role: str, called: Sequence[Message]) -> Message:
+        """An assistant turn that messages of a role may follow; where they are results, ``called`` are those it calls for."""
         turn: Message = {"role": "assistant", "content": _MARKER if kind.calls == "none" else ""}
         if kind.has_reasoning:
             turn["reasoning_content"] = turn["thinking"] = "r"
-        if messages[0]["role"] != "tool":
-            return turn, list(messages)
-        numbered: list[Message] = []
-        for index, message in enumerate(messages):
-            name, identifier = str(message.get("name") or "f"), str(message.get("tool_call_id") or "")
-            numbered.append(
-                {
-                    **message,
-                    # A model makes up names; what is no plain name could forge control tokens.
-                    "name": name if _PLAIN_NAME.fullmatch(name) else "tool",
-                    "tool_call_id": identifier if _PLAIN_ID.fullmatch(identifier) else call_id(0, index),
-                }
-            )
-        if kind.calls != "none":
-            called = numbered if kind.calls == "all" else numbered[:1]
+        if role == "tool" and kind.calls != "none":
             turn["tool_calls"] = [{**self.call(m["name"], {"a": _MARKER}), "id": m["tool_call_id"]} for m in called]
-        return turn, numbered
+        return turn
 
-    def _expected_controls(self, messages: Sequence[Message]) -> Counter[int]:
+    def _controls_in(self, ids: Sequence[int]) -> list[int]:
+        return sorted(filter(self._special_ids.__contains__, ids))
+
+    def _expected_controls(self, messages: Sequence[Message]) -> list[int]:
         key = tuple(str(m["role"]) for m in messages)
-        if key not in self._control_counts:
+        if key not in self._controls:
             plain: list[Message] = [{"role": m["role"], "content": "r"} for m in messages]
-            self._control_counts[key] = Counter(i for i in self._tail_ids(plain) if i in self._special_ids)
-        return self._control_counts[key]
+            self._controls[key] = self._controls_in(self._tail_ids(plain))
+        return self._controls[key]
 
     # What the template is like
 
@@ -452,7 +461,8 @@ class ChatTemplate:
             return None, None
         result: Message = {"role": "tool", "content": "r"}
         for kind in _TOOL_KINDS[:2]:
-            turn, numbered = self._synthetic(kind, [result])
+            numbered = _numbered([result])
+            turn = self._synthetic(kind, "tool", numbered)
             opening: list[Message] = [{"role": "user", "content": "q"}, turn]
             closing = self._after_marker(opening, generation_prompt=False)
             whole = self._after_marker([*opening, *numbered], generation_prompt=True)
@@ -477,13 +487,31 @@ class ChatTemplate:
     def _token(self, i: int) -> str:
         return self.decode_all([i])
 
-    def _named(self, counts: Counter[int]) -> str:
-        return ", ".join(f"{self._token(i)} x{n}" for i, n in sorted(counts.items())) or "none"
+    def _named(self, ids: Sequence[int]) -> str:
+        return ", ".join(f"{self._token(i)} x{n}" for i, n in sorted(Counter(ids).items())) or "none"
 
 
 def call_id(turn: int, index: int) -> str:
     """An id for a call to which the model gave none; nine letters and digits, because Mistral's templates insist."""
     return f"call{turn % 1000:03d}{index % 100:02d}"
+
+
+def _numbered(messages: Sequence[Message]) -> list[Message]:
+    """Results with a name and an id that a template can print; other messages as they are."""
+    if messages[0]["role"] != "tool":
+        return list(messages)
+    numbered: list[Message] = []
+    for index, message in enumerate(messages):
+        name, identifier = str(message.get("name") or "f"), str(message.get("tool_call_id") or "")
+        numbered.append(
+            {
+                **message,
+                # A model makes up names; what is no plain name could forge control tokens.
+                "name": name if _PLAIN_NAME.fullmatch(name) else "tool",
+                "tool_call_id": identifier if _PLAIN_ID.fullmatch(identifier) else call_id(0, index),
+            }
+        )
+    return numbered
 
 
 def _up_to_marker(text: str, nth: int) -> str:
@@ -495,6 +523,10 @@ def _up_to_marker(text: str, nth: int) -> str:
             return ""
         end = found + len(_MARKER)
     return text[:end]
+
+
+def _key_of_tools(tools: Sequence[dict[str, Any]] | None) -> str:
+    return json.dumps(list(tools) if tools else None, sort_keys=True)
 
 
 def _unique(ids: Sequence[int | None]) -> tuple[int, ...]:

@@ -105,7 +105,7 @@ def restore(data: bytes, builder: TrajectoryBuilder, *, with_env: bool) -> tuple
     except (msgspec.MsgspecError, ValueError, KeyError, TypeError) as error:
         logger.warning("partial_rollout_unreadable: %s. It starts again", error)
         return None, 0
-    if segments[0].ids[: segments[0].prompt_length].tolist() != builder.token_ids:
+    if segments[0].ids[: segments[0].prompt_length].tolist() != builder.token_ids.tolist():
         return None, kept.num_sampled  # the row, the tools or the template changed
     builder.restore(segments, kept.turns)
     return kept.progress, kept.num_sampled

@@ -12,8 +12,12 @@ give what the tokenizer itself gives, and left for good otherwise:
 
 import codecs
 import random
+from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 _PROBES = (
     "", " ", "a", " leading and trailing ", "two\n\nlines\ttab\r\n", "é ﷽ 🧮 \u200d 漢字 ¡", "<think>\n{\"a\": [1, 2.5]}</think>",
@@ -32,14 +36,14 @@ class TokenText:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-        self._bytes: list[bytes] | None = None
+        self._bytes: NDArray[np.object_] | None = None
         self._encodes_fast = False
         if self._backend is None:
             return
         self._encodes_fast = hasattr(self._backend, "encode_batch_fast") and self._agrees_on_text()
         table = _byte_table(self._backend, tokenizer)
         if table is not None and self._agrees_on_ids(table):
-            self._bytes = table
+            self._bytes = np.array(table, dtype=np.object_)
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``; control tokens written in it become control tokens."""
@@ -56,12 +60,13 @@ class TokenText:
 
     def bytes_of(self, ids: Sequence[int]) -> bytes | None:
         """The bytes of ``ids``; None where the decoder does more than join bytes, or the vocabulary lacks an id."""
-        if self._bytes is None or (ids and min(ids) < 0):  # a negative index would count from the end
+        if self._bytes is None:
             return None
         try:
-            return b"".join(map(self._bytes.__getitem__, ids))
-        except IndexError:
+            pieces: list[bytes] = self._bytes[np.array(array("I", ids), np.uint32)].tolist()
+        except (IndexError, OverflowError):
             return None
+        return b"".join(pieces)
 
     def _slowly(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -7,7 +7,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jsonschema
 from pydantic import BaseModel, ValidationError
@@ -65,6 +65,7 @@ class Arguments:
         self._validator = jsonschema.Draft202012Validator(schema, registry=_NO_REMOTE_SCHEMAS)
         self._model = model
         self._fields = dict(fields or {})
+        self._plain = _plain_parameters(schema)
 
     def bind(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments as the tool takes them.
@@ -72,13 +73,7 @@ class Arguments:
         Raises:
             ArgumentError: they do not fit; says what is wrong, in words for the model.
         """
-        try:
-            coerced: dict[str, Any] = self._coerce(dict(arguments), self._schema, 0)
-            problems = sorted(self._validator.iter_errors(coerced), key=lambda e: [str(p) for p in e.absolute_path])
-        except RecursionError:
-            raise ArgumentError(self._explain(["nested too deeply"])) from None
-        if problems:
-            raise ArgumentError(self._explain(_messages(problems)))
+        coerced = dict(arguments) if _fits_plainly(arguments, self._plain) else self._validated(arguments)
         if self._model is None:
             return coerced
         try:
@@ -89,6 +84,16 @@ class Arguments:
             ) from error
         known = {name: getattr(parsed, field) for name, field in self._fields.items() if name in coerced}
         return {**coerced, **known}
+
+    def _validated(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            coerced: dict[str, Any] = self._coerce(dict(arguments), self._schema, 0)
+            problems = sorted(self._validator.iter_errors(coerced), key=lambda e: [str(p) for p in e.absolute_path])
+        except RecursionError:
+            raise ArgumentError(self._explain(["nested too deeply"])) from None
+        if problems:
+            raise ArgumentError(self._explain(_messages(problems)))
+        return coerced
 
     def _explain(self, messages: Sequence[str]) -> str:
         shown = [m if len(m) <= _MAX_MESSAGE else m[: _MAX_MESSAGE - 1] + "…" for m in messages[:_MAX_MESSAGES]]
@@ -135,6 +140,42 @@ class Arguments:
             if self._validator.evolve(schema=branch).is_valid(coerced):
                 return coerced
         return value
+
+
+class _Plain(NamedTuple):
+    """Parameters whose schemas say nothing but their types."""
+
+    types: Mapping[str, type]
+    required: frozenset[str]
+
+
+_PLAIN_TYPES = {"string": str, "integer": int, "number": float, "boolean": bool}
+_WORDS_ONLY = frozenset({"$schema", "title", "description", "default", "examples", "type"})
+"""Keywords that forbid nothing, and the type."""
+
+
+def _plain_parameters(schema: Mapping[str, Any]) -> _Plain | None:
+    """What most tools' schemas come to; None for one that says more, so that only a validator can apply it."""
+    if schema.get("type") != "object" or schema.keys() - _WORDS_ONLY - {"properties", "required", "additionalProperties"}:
+        return None
+    types: dict[str, type] = {}
+    for name, parameter in schema.get("properties", {}).items():
+        kind = parameter.get("type") if isinstance(parameter, Mapping) else None  # pyright: ignore[reportUnknownMemberType]
+        if not isinstance(kind, str) or kind not in _PLAIN_TYPES or parameter.keys() - _WORDS_ONLY:
+            return None
+        types[name] = _PLAIN_TYPES[kind]
+    return _Plain(types, frozenset(schema.get("required", ())))
+
+
+def _fits_plainly(arguments: Mapping[str, Any], plain: _Plain | None) -> bool:
+    """Nothing is missing, unknown or of another type: a validator would accept it, and there is nothing to coerce.
+
+    False says nothing: an integer where a number belongs, for one, is for the validator to judge.
+    """
+    if plain is None or not plain.required <= arguments.keys():
+        return False
+    types = plain.types
+    return all(name in types and type(value) is types[name] for name, value in arguments.items())
 
 
 def _references(schema: Any) -> Iterator[str]:

@@ -98,6 +98,8 @@ class RateLimit:
 
     async def wait(self) -> None:
         """Wait for the turn and take it. A waiter that is cancelled takes nothing."""
+        if self._per_s is None and self._paused_until <= self._clock():
+            return  # nothing to wait for, and nothing to take
         async with self._turn:
             while (delay := self.delay_s()) > 0:  # noqa: ASYNC110  # time itself is awaited; nobody could set an event
                 await asyncio.sleep(delay)

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeAlias, cast
 from agentrl.errors import AgentRLError, ConfigError, DeadlineExceeded, RolloutError, ToolBusy, ToolError, ToolInfraError
 from agentrl.protocols import ToolContext, ToolResult
 from agentrl.rollout.tool import ArgumentError, Arguments, ToolSchema
-from agentrl.rollout.tool_instances import ToolInstance, as_result, awaited
+from agentrl.rollout.tool_instances import FunctionInstance, ToolInstance, as_result, awaited
 from agentrl.rollout.tool_limits import RateLimit, ResultCache, ToolLimits, backoff_s, cache_key
 from agentrl.rollout.tool_parsers import FoundCall, ParseFailure
 from agentrl.rollout.tool_stats import ToolStats
@@ -248,6 +248,8 @@ class ToolSession:
         Raises:
             ToolInfraError: a tool failed outside the model's control; the turn's other calls are cancelled.
         """
+        if len(calls) == 1:
+            return [await self._answer(calls[0], turn)]
         results: list[Observation | None] = [None] * len(calls)
 
         async def answer(index: int, call: FoundCall) -> None:
@@ -373,6 +375,8 @@ class ToolSession:
         instance = declared.make(context)
         self._contexts[declared.name] = context
         self._instances[declared.name] = instance
+        if isinstance(instance, FunctionInstance):
+            return instance  # it holds nothing, so there is nothing to open or to close
         self._stack.push_async_callback(_close, instance, declared.name)
         try:
             await bounded(instance.open(), OPEN_TIMEOUT_S, f"tool:{declared.name} open")

@@ -29,7 +29,7 @@ class _Sampled:
 @dataclass(slots=True)
 class _OpenSegment:
     prompt_length: int
-    ids: list[int]
+    ids: "array[int]"
     sampled: list[_Sampled] = field(default_factory=list[_Sampled])
 
     @property
@@ -47,7 +47,7 @@ class _OpenSegment:
             _Sampled(start, segment.logprobs[start:end].astype(np.float64), segment.versions[start:end].astype(np.int64))
             for start, end in zip(edges[::2], edges[1::2], strict=True)
         ]
-        return cls(prompt_length=segment.prompt_length, ids=segment.ids.tolist(), sampled=sampled)
+        return cls(prompt_length=segment.prompt_length, ids=_checked_ids(segment.ids.tolist()), sampled=sampled)
 
     def close(self) -> Segment:
         n = len(self.ids)
@@ -57,7 +57,7 @@ class _OpenSegment:
             tokens = slice(span.start, span.start + len(span.logprobs))
             mask[tokens], logprobs[tokens], versions[tokens] = True, span.logprobs, span.versions
         return Segment(
-            ids=np.array(array("I", self.ids), dtype=np.int32),
+            ids=np.array(self.ids, dtype=np.int32),
             mask=mask,
             logprobs=logprobs,
             versions=versions,
@@ -85,8 +85,11 @@ class TrajectoryBuilder:
             self.new_segment(prompt_ids)
 
     @property
-    def token_ids(self) -> list[int]:
-        """The current segment's ids: what the next generation continues. Not to be changed by the caller."""
+    def token_ids(self) -> "array[int]":
+        """The current segment's ids: what the next generation continues. Not to be changed by the caller.
+
+        An array, because all of it is sent with every turn: a client reads it as bytes rather than number by number.
+        """
         return self._segments[-1].ids
 
     @property
@@ -102,19 +105,25 @@ class TrajectoryBuilder:
     @property
     def num_response_tokens(self) -> int:
         """Tokens after the prompts, sampled and observed, over all segments."""
-        return sum(s.num_response_tokens for s in self._segments)
+        num_tokens = 0
+        for segment in self._segments:
+            num_tokens += segment.num_response_tokens
+        return num_tokens
 
     @property
     def num_sampled(self) -> int:
         return sum(s.num_sampled for s in self._segments)
 
-    def ids_of(self, segment: int) -> list[int]:
+    def ids_of(self, segment: int) -> "array[int]":
         """Ids of one segment. Not to be changed by the caller."""
         return self._segments[segment].ids
 
-    def response_ids(self) -> list[int]:
+    def response_ids(self) -> "array[int]":
         """Everything after the prompts, segment by segment."""
-        return [i for s in self._segments for i in s.ids[s.prompt_length :]]
+        ids = array("I")
+        for segment in self._segments:
+            ids.extend(segment.ids[segment.prompt_length :])
+        return ids
 
     def tokens_left(self, max_tokens: int) -> int:
         """Response tokens (sampled and observed) that still fit under ``max_tokens``."""
@@ -138,7 +147,7 @@ class TrajectoryBuilder:
                 f"{generation.server} returned {num_ids} ids, {num_logprobs} logprobs and {num_versions} versions; they must "
                 "match. Check that the server returns a logprob and a version for every token"
             )
-        logprobs, versions = np.array(generation.logprobs, np.float64), np.array(generation.versions, np.int64)
+        logprobs, versions = np.array(generation.logprobs, np.float64), _as_versions(generation.versions)
         if not np.isfinite(logprobs).all():
             bad = logprobs[~np.isfinite(logprobs)]
             raise GenerationError(
@@ -220,12 +229,19 @@ class TrajectoryBuilder:
         )
 
 
-def _checked_ids(ids: Sequence[int]) -> list[int]:
-    """A copy of the ids as plain integers. Runs over every token, hence no loop in Python."""
+def _as_versions(versions: Sequence[int]) -> NDArray[np.int64]:
+    num_versions = len(versions)
+    if num_versions and versions.count(versions[0]) == num_versions:  # one policy sampled it all, nearly always
+        return np.full(num_versions, versions[0], np.int64)
+    return np.array(versions, np.int64)
+
+
+def _checked_ids(ids: Sequence[int]) -> "array[int]":
+    """A copy of the ids. Runs over every token, hence no loop in Python."""
     try:
         checked = array("I", ids)  # of its integer types, the one that converts without parsing a format
     except (TypeError, OverflowError) as error:
         raise GenerationError(f"one of {len(ids)} values is no token id ({error}); ids lie in [0, {_INT32_MAX}]") from error
     if len(checked) and int(np.frombuffer(checked, np.uint32).max()) > _INT32_MAX:
         raise GenerationError(f"{max(checked)} is no token id; ids lie in [0, {_INT32_MAX}]")
-    return checked.tolist()
+    return checked

@@ -402,9 +402,10 @@ class RolloutWorker:
     def finished(self, trajectory: Trajectory, episode: Episode | None) -> None:
         """Count a trajectory and pass it on; see ``group.Listener``."""
         self._counts["finished"] += 1
-        self._counts["tokens_sampled"] += trajectory.num_sampled
+        num_sampled = trajectory.num_sampled
+        self._counts["tokens_sampled"] += num_sampled
         prompts = sum(s.prompt_length for s in trajectory.segments)
-        self._counts["tokens_observed"] += trajectory.num_tokens - trajectory.num_sampled - prompts
+        self._counts["tokens_observed"] += trajectory.num_tokens - num_sampled - prompts
         if self._breaker.record(ok=True) == "closed":
             logger.warning("rollouts_resume: a rollout succeeded after a wave of failures")
         if self._on_trajectory is not None:

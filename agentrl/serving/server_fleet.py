@@ -133,6 +133,7 @@ class ServerFleet:
 
     def _leave(self, server: Server) -> None:
         server.is_gone = True
+        server.client.close()
         self.evict(server)
 
     # ---- policy versions
@@ -212,6 +213,8 @@ class ServerFleet:
 
     def _limit_of(self, server: Server) -> float | None:
         """The smaller of the fixed limit and the one that the server's load reports suggest."""
+        if server.limit is None and not self.has_limits():
+            return None
         limits = (
             self._start_limit if server.limit is None else server.limit,
             self._max_requests and self._max_requests * server.capacity,

@@ -16,12 +16,13 @@ only happens when no version is required (evaluating a fixed model).
 """
 
 import asyncio
+import itertools
 import logging
 import random
 from collections import Counter
-from collections.abc import AsyncGenerator, Collection, Sequence
+from collections.abc import Collection, Sequence
 from collections.abc import Generator as Yields
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from uuid import uuid4
@@ -75,8 +76,8 @@ class _Call:
         return self.sampling.max_new_tokens - len(self.so_far)
 
     @property
-    def context(self) -> list[int]:
-        return [*self.ids, *self.so_far.ids] if self.so_far.ids or not isinstance(self.ids, list) else self.ids
+    def context(self) -> Sequence[int]:
+        return [*self.ids, *self.so_far.ids] if self.so_far.ids else self.ids
 
     @property
     def is_complete(self) -> bool:
@@ -95,7 +96,7 @@ class AsyncLLMServerManager(Generator):
     belong to one event loop. Only ``generate``, ``run``, ``wait_drained`` and ``aclose`` wait.
 
     Args:
-        session: shared HTTP session, whose connector should have ``limit=0``; None opens one that ``aclose`` closes.
+        session: shared HTTP session for control calls; None opens one that ``aclose`` closes.
         seed: of the random tie-breaks.
         max_attempts: failed attempts per ``generate`` before ``GenerationError``; resumed aborts are not failures.
         breaker_failures: consecutive failures that open a server's circuit breaker.
@@ -184,6 +185,8 @@ class AsyncLLMServerManager(Generator):
         self._homes = Homes()
         self._parked: Counter[WaitReason] = Counter()
         self._expected_new_tokens = _EXPECTED_NEW_TOKENS
+        # All of one length, since SGLang aborts by prefix.
+        self._rid_prefix, self._rid_numbers = uuid4().hex[:16], itertools.count()
 
     async def __aenter__(self) -> "AsyncLLMServerManager":
         return self
@@ -192,7 +195,10 @@ class AsyncLLMServerManager(Generator):
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close the session if it is ours. Requests in flight break off."""
+        """Close the connections, and the session if it is ours. Requests in flight break off."""
+        for server in self._fleet.servers():
+            server.client.close()
+            self._fleet.evict(server)
         if self._given_session is None and self._session is not None:
             await self._session.close()
             self._session = None
@@ -377,23 +383,21 @@ class AsyncLLMServerManager(Generator):
         """One request on one server; appends what may be kept to ``call.so_far``. Returns what went wrong, if anything."""
         loop = asyncio.get_running_loop()
         failure: GenerationError | None = None
-        visit: Visit | None = None
         # Only a server that was verified at the start has labels to hold it to.
         is_checked = server.verified is not None
-        namespace = server.verified if self._salt_cache else None
+        now = loop.time()
+        visit = Visit(
+            cost=self._cost(call),
+            started=now,
+            label_mark=server.label_mark(),
+            is_probe=server.breaker.state(now) != "closed",
+            scope=asyncio.timeout(None),
+        )
         call.waits_for = "server"
         try:
-            async with self._on(server, call) as visit:
-                if call.relay is not None:
-                    visit.piece.on_arrival = partial(self._relay, call.relay, server, visit, len(call.so_far), is_checked)
-                await server.client.generate(
-                    call.context,
-                    replace(call.sampling, max_new_tokens=call.tokens_left),
-                    rid=uuid4().hex,
-                    into=visit.piece,
-                    cache_namespace=namespace,
-                    adapter=server.adapter,
-                )
+            if call.relay is not None:
+                visit.piece.on_arrival = partial(self._relay, call.relay, server, visit, len(call.so_far), is_checked)
+            await self._ask(server, call, visit)
         except EngineRejected:
             server.totals.errors += 1
             server.breaker.cancelled()
@@ -408,7 +412,7 @@ class AsyncLLMServerManager(Generator):
             server.breaker.failed(loop.time())
             log.debug("generation broke off url=%s error=%s", server.url, error)
         except TimeoutError as error:
-            if visit is None or not visit.is_evicted:
+            if not visit.is_evicted:
                 raise
             # A move is not a failure of this request: its server left the rotation. Still bounded, like every retry.
             failure = EngineUnavailable(f"{server.url} left the rotation: {server.quarantine_reason or 'removed'}")
@@ -420,7 +424,6 @@ class AsyncLLMServerManager(Generator):
             server.breaker.succeeded()
             if visit.is_probe:
                 self._room.wake()
-        assert visit is not None
         mismatch = self._keep_legal(server, visit, is_checked)
         self._count(server, visit, loop.time())
         is_empty_abort = visit.piece.finish == "abort" and not visit.piece.ids and server.installing is None
@@ -444,7 +447,7 @@ class AsyncLLMServerManager(Generator):
             return None
         legal = server.legal_labels(visit)
         piece = visit.piece
-        if legal.issuperset(piece.labels):
+        if legal >= piece.distinct_labels():
             return None
         cut = next(index for index, label in enumerate(piece.labels) if label not in legal)
         wrong = piece.labels[cut]
@@ -469,38 +472,31 @@ class AsyncLLMServerManager(Generator):
             totals.cached_tokens += visit.piece.cached_tokens
             totals.ms.append((now - visit.started) * 1e3)
 
-    @asynccontextmanager
-    async def _on(self, server: Server, call: _Call) -> AsyncGenerator[Visit, None]:
-        """Account for a request as long as the block runs, and let the manager end it (``_evict``)."""
-        loop = asyncio.get_running_loop()
-        cost = self._cost(call)
-        scope = asyncio.timeout(None)
-        visit = Visit(
-            cost=cost,
-            started=loop.time(),
-            label_mark=server.label_mark(),
-            is_probe=server.breaker.state(loop.time()) != "closed",
-            scope=scope,
-        )
+    async def _ask(self, server: Server, call: _Call, visit: Visit) -> None:
+        """The request itself: accounted for as long as it runs, and ended by the manager where it must (``Visit.evict``)."""
+        sampling = replace(call.sampling, max_new_tokens=call.tokens_left) if call.so_far.ids else call.sampling
+        namespace = server.verified if self._salt_cache else None
+        server.begin(visit)
         try:
             with waiting("server"):
-                async with scope:
-                    server.visits.add(visit)
-                    server.idle.clear()
-                    server.tokens_in_flight += cost
-                    server.breaker.start()
-                    yield visit
+                async with visit.scope:
+                    await server.client.generate(
+                        call.context,
+                        sampling,
+                        rid=f"{self._rid_prefix}{next(self._rid_numbers):016x}",
+                        into=visit.piece,
+                        cache_namespace=namespace,
+                        adapter=server.adapter,
+                    )
         except asyncio.CancelledError:
-            if self._made_no_progress(server, visit, loop.time()):
-                server.breaker.failed(loop.time())
+            now = asyncio.get_running_loop().time()
+            if self._made_no_progress(server, visit, now):
+                server.breaker.failed(now)
             elif visit.is_probe:
                 server.breaker.cancelled()
             raise
         finally:
-            server.visits.discard(visit)
-            server.tokens_in_flight -= cost
-            if not server.visits:
-                server.idle.set()
+            server.end(visit)
             if self._fleet.has_limits():
                 self._room.wake()
 

@@ -192,6 +192,20 @@ class Server:
         verified = self.verified_labels(visit)
         return verified | {self.installing} if self.installing is not None else verified
 
+    def begin(self, visit: Visit) -> None:
+        """A request goes out. ``end`` must follow, whatever happens."""
+        self.visits.add(visit)
+        self.idle.clear()
+        self.tokens_in_flight += visit.cost
+        self.breaker.start()
+
+    def end(self, visit: Visit) -> None:
+        """It is over."""
+        self.visits.discard(visit)
+        self.tokens_in_flight -= visit.cost
+        if not self.visits:
+            self.idle.set()
+
     def remember(self, label: str) -> None:
         self.labels.append(label)
         if len(self.labels) > 2 * _LABELS_KEPT and not self.visits:

@@ -14,17 +14,18 @@ of the chunk it arrived in: at a version boundary up to one chunk of tokens may 
 import asyncio
 import math
 from array import array
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import itemgetter
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import aiohttp
 import numpy as np
 import orjson
+from numpy.typing import NDArray
 from yarl import URL
 
 from agentrl.errors import GenerationError, WeightSyncError
+from agentrl.serving.engine_http import EngineConnections, Head
 from agentrl.types import FinishReason, SamplingParams, version_of_label
 from agentrl.weights.buckets import Bucket
 
@@ -33,8 +34,6 @@ PauseMode: TypeAlias = Literal["in_place", "retract", "abort"]
 _REFUSED_FOR_GOOD = frozenset({400, 413, 422})
 _BUSY = frozenset({429, 503})
 _ERROR_TEXT_LIMIT = 400
-_LOGPROB, _TOKEN = itemgetter(0), itemgetter(1)
-"""Of one ``[logprob, token, text]`` entry."""
 
 
 class EngineRejected(GenerationError):
@@ -79,6 +78,10 @@ class PartialGeneration:
         """The same for the tokens ``[start, end)``."""
         return _versions(self.labels[start:end])
 
+    def distinct_labels(self) -> set[str]:
+        """The labels there are: nearly always one, which is seen without hashing each entry."""
+        return _distinct(self.labels)
+
     def truncate(self, length: int) -> None:
         """Forget the tokens from ``length`` on."""
         del self.ids[length:], self.logprobs[length:], self.labels[length:]
@@ -114,13 +117,13 @@ class ParallelLayout(NamedTuple):
 
 
 class SGLangClient:
-    """Calls to one server over a shared session.
+    """Calls to one server: generations over connections of its own (``close`` them), control calls over a shared session.
 
     Args:
         url: ``http://host:port``, without a path.
         api_key: for ``/generate`` and other data endpoints.
         admin_key: for control endpoints; SGLang takes only this one there when it has one. Defaults to ``api_key``.
-        session: owned by the caller.
+        session: for control calls; owned by the caller.
         vocab_size: ids outside ``[0, vocab_size)`` are refused here, since SGLang would crash on them. Unknown sizes
             are filled in by ``describe`` where the server tells.
         stream_interval: tokens per streamed chunk to ask for; None leaves it to the server. A crash loses at most
@@ -146,12 +149,20 @@ class SGLangClient:
         self.span_shift = 0
         self.is_embedded = False
         self._session = session
-        self._generate_url = URL(f"{self.url}/generate")
         self._stream_interval = stream_interval
-        self._generate_timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s, sock_read=stall_timeout_s)
         self._control_timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s)
         self._headers = {"Content-Type": "application/json"} | _bearer(api_key)
         self._admin_headers = {"Content-Type": "application/json"} | _bearer(admin_key or api_key)
+        self._connections = EngineConnections(
+            URL(f"{self.url}/generate"),
+            headers=self._headers,
+            connect_timeout_s=connect_timeout_s,
+            stall_timeout_s=stall_timeout_s,
+        )
+
+    def close(self) -> None:
+        """Close the connections that generations used; those in use are closed at their end."""
+        self._connections.close()
 
     # ---- the hot path
 
@@ -181,24 +192,28 @@ class SGLangClient:
             EngineUnavailable: this server failed; ``into`` holds what arrived.
         """
         partial = PartialGeneration() if into is None else into
-        self._check_ids(ids)
-        body = orjson.dumps(self._generate_body(ids, sampling, rid, cache_namespace, adapter), option=orjson.OPT_SERIALIZE_NUMPY)
+        body = orjson.dumps(
+            self._generate_body(self._checked_ids(ids), sampling, rid, cache_namespace, adapter),
+            option=orjson.OPT_SERIALIZE_NUMPY,
+        )
+        whole: list[bytes] = []
+
+        def read(head: Head) -> Callable[[bytes], None]:
+            if head.status == 200 and head.content_type != "application/json":
+                return _Events(lambda payload: self._take(orjson.loads(payload), partial, adapter)).feed
+            return whole.append
+
         try:
-            async with self._session.post(
-                self._generate_url, data=body, headers=self._headers, timeout=self._generate_timeout
-            ) as response:
-                if response.status != 200:
-                    raise _refusal(self.url, response.status, await response.text(), adapter)
-                if response.content_type == "application/json":
-                    self._take(orjson.loads(await response.read()), partial, adapter)
-                else:
-                    async for payload in _events(response):
-                        self._take(orjson.loads(payload), partial, adapter)
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            head = await self._connections.post(body, read)
+            if head.status != 200:
+                raise _refusal(self.url, head.status, b"".join(whole).decode("utf-8", "replace"), adapter)
+            if whole:
+                self._take(orjson.loads(b"".join(whole)), partial, adapter)
+        except OSError as error:  # a TimeoutError is one
             raise EngineUnavailable(
                 f"{self.url} broke off after {len(partial)} tokens of request {rid}: {error!r}. Look at that engine's log."
             ) from error
-        except (orjson.JSONDecodeError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, IndexError) as error:
             raise EngineUnavailable(
                 f"{self.url} sent a chunk that is not SGLang's ({error!r}) after {len(partial)} tokens of request {rid}. "
                 "Check that the url is an SGLang or embedded engine."
@@ -209,19 +224,30 @@ class SGLangClient:
             )
         return partial
 
-    def _check_ids(self, ids: Sequence[int]) -> None:
+    def _checked_ids(self, ids: Sequence[int]) -> NDArray[np.uint32]:
+        """The ids as the request carries them. The whole context passes here at every turn, hence no loop in Python.
+
+        Raises:
+            EngineRejected: there is none, one is no token id, or one lies outside the vocabulary.
+        """
         if len(ids) == 0:
             raise EngineRejected("an empty prompt was about to be sent. Every generation needs at least one token.")
-        if self.vocab_size is not None:
-            highest = _highest(ids)
-            if highest >= self.vocab_size:
-                raise EngineRejected(
-                    f"token id {highest} does not fit a vocabulary of {self.vocab_size}: an unchecked id kills SGLang. "
-                    "The tokenizer and the served model differ."
-                )
+        try:
+            # Always a copy: while its memory is lent out, the caller's array cannot grow.
+            checked = np.array(array("I", ids), np.uint32)
+        except (TypeError, OverflowError) as error:
+            raise EngineRejected(
+                f"one of {len(ids)} values is no token id: {error}. The tokenizer or the loop is broken."
+            ) from error
+        if self.vocab_size is not None and (highest := int(checked.max())) >= self.vocab_size:
+            raise EngineRejected(
+                f"token id {highest} does not fit a vocabulary of {self.vocab_size}: an unchecked id kills SGLang. "
+                "The tokenizer and the served model differ."
+            )
+        return checked
 
     def _generate_body(
-        self, ids: Sequence[int], sampling: SamplingParams, rid: str, cache_namespace: str | None, adapter: str | None
+        self, ids: NDArray[np.uint32], sampling: SamplingParams, rid: str, cache_namespace: str | None, adapter: str | None
     ) -> dict[str, Any]:
         params: dict[str, Any] = {
             "max_new_tokens": sampling.max_new_tokens,
@@ -238,7 +264,7 @@ class SGLangClient:
             params["stream_interval"] = self._stream_interval
         body: dict[str, Any] = {
             "rid": rid,
-            "input_ids": ids if isinstance(ids, list) else list(ids),
+            "input_ids": ids,
             "sampling_params": params,
             "stream": True,
             "return_logprob": True,
@@ -256,18 +282,18 @@ class SGLangClient:
             raise _stream_error(self.url, chunk["error"])
         meta = chunk["meta_info"]
         ids: list[int] = chunk.get("output_ids") or []
-        entries: list[Any] = meta.get("output_token_logprobs") or []
+        entries: list[tuple[float, int, Any]] = meta.get("output_token_logprobs") or []  # (logprob, token, its text)
         have = len(partial)
         fresh = _fresh_count(ids, meta, partial.ids)
         if fresh > 0:
             new_ids, new_entries = (ids, entries) if fresh == len(ids) == len(entries) else (ids[-fresh:], entries[-fresh:])
-            tokens = list(map(_TOKEN, new_entries))
+            tokens = [token for _, token, _ in new_entries]
             if len(new_ids) != fresh or tokens != new_ids:
                 raise EngineUnavailable(
                     f"{self.url} sent {len(new_ids)} ids and {len(new_entries)} logprobs for {fresh} new tokens, or they name "
                     "other tokens; they must pair up. Start the engine without flags that drop logprobs."
                 )
-            logprobs: list[float] = list(map(_LOGPROB, new_entries))
+            logprobs: list[float] = [logprob for logprob, _, _ in new_entries]
             # The sum is the quick test: it is not finite if one of them is not, and no number if one of them is none.
             if not math.isfinite(sum(logprobs)) and not all(map(math.isfinite, logprobs)):
                 raise EngineUnavailable(
@@ -503,22 +529,15 @@ class SGLangClient:
 
 
 def _versions(labels: Sequence[str]) -> list[int]:
-    known = {label: version_of_label(label) for label in set(labels)}
+    known = {label: version_of_label(label) for label in _distinct(labels)}
     if len(known) == 1:
         return list(known.values()) * len(labels)
     return [known[label] for label in labels]
 
 
-def _highest(ids: Sequence[int]) -> int:
-    """The highest id. The whole context passes here at every turn, hence no loop in Python.
-
-    Raises:
-        EngineRejected: a negative number, or no number.
-    """
-    try:
-        return int(np.frombuffer(array("I", ids), np.uint32).max())
-    except (TypeError, OverflowError) as error:
-        raise EngineRejected(f"one of {len(ids)} values is no token id: {error}. The tokenizer or the loop is broken.") from error
+def _distinct(labels: Sequence[str]) -> set[str]:
+    is_one = bool(labels) and labels.count(labels[0]) == len(labels)
+    return {labels[0]} if is_one else set(labels)
 
 
 def expand_spans(spans: Sequence[Mapping[str, Any]], num_tokens: int, *, shift: int) -> list[str | None]:
@@ -555,16 +574,20 @@ def _fresh_count(ids: list[int], meta: Mapping[str, Any], known: list[int]) -> i
     return int(total) - len(known)
 
 
-async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-    """The payloads of a server-sent event stream, read to its end so that the connection can be reused."""
-    rest = b""
-    async for block in response.content.iter_any():
-        *lines, rest = (rest + block).split(b"\n")
+class _Events:
+    """The payloads of a server-sent event stream, as its bytes arrive."""
+
+    def __init__(self, take: Callable[[bytes], None]) -> None:
+        self._take = take
+        self._rest = b""
+
+    def feed(self, block: bytes) -> None:
+        *lines, self._rest = (self._rest + block).split(b"\n")
         for line in lines:
             if line.startswith(b"data:"):
                 payload = line[5:].strip()
                 if payload != b"[DONE]":
-                    yield payload
+                    self._take(payload)
 
 
 def _bearer(key: str | None) -> dict[str, str]:

@@ -49,8 +49,8 @@ def test_ids_are_only_extended_and_every_array_describes_the_same_token(
             start, end = builder.append_observed(step)
             new = step
         expected += new
-        assert builder.token_ids[: len(before)] == before
-        assert builder.token_ids[start:end] == new
+        assert builder.token_ids[: len(before)].tolist() == before
+        assert builder.token_ids[start:end].tolist() == new
         assert end == len(builder.token_ids) == len(expected)
     (segment,) = finish(builder).segments
     assert segment.ids.tolist() == expected
@@ -71,7 +71,7 @@ def test_a_generation_whose_lengths_differ_changes_nothing(generation: Generatio
     fields[extra] = fields[extra][:-1]
     with pytest.raises(GenerationError, match="they must match"):
         builder.append_sampled(Generation(**fields, finish="stop", server="s"))
-    assert builder.token_ids == [1]
+    assert builder.token_ids.tolist() == [1]
 
 
 @given(first=generations(), second=generations())
@@ -79,7 +79,7 @@ def test_segments_keep_their_own_prompts(first: Generation, second: Generation) 
     builder = TrajectoryBuilder([1, 2])
     builder.append_sampled(first)
     builder.new_segment([3])
-    assert builder.token_ids == [3]
+    assert builder.token_ids.tolist() == [3]
     builder.append_sampled(second)
     trajectory = finish(builder)
     assert [s.prompt_length for s in trajectory.segments] == [2, 1]

@@ -294,8 +294,7 @@ class Session:
         timeout_s = max(0.0, min(state.limits.turn_timeout_s, state.ends_at - asyncio.get_running_loop().time()))
         asked = ask.max_new_tokens if ask.max_new_tokens is not None else left
         budget = max(1, min(state.sampling.max_new_tokens, state.limits.max_tokens_per_turn, left, asked))
-        stops = (*state.sampling.stop_token_ids, *state.template.stop_ids)
-        sampling = dataclasses.replace(state.sampling, max_new_tokens=budget, stop_token_ids=tuple(dict.fromkeys(stops)))
+        sampling = dataclasses.replace(state.sampling, max_new_tokens=budget)
         if self.follows_request:
             sampling = dataclasses.replace(
                 sampling,

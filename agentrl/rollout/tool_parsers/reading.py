@@ -124,7 +124,8 @@ def call_from(name: Any, arguments: Any, *, raw: str, example: str, key: str = "
     if not isinstance(arguments, dict):
         return failed(f'"{key}" must be an object, not {json_type(arguments)}. Write {example}', raw)
     try:
-        json.dumps([name, arguments], ensure_ascii=False).encode()
+        if "\\" in raw or not raw.isascii():  # otherwise nothing can have spelled one
+            json.dumps([name, arguments], ensure_ascii=False).encode()
     except UnicodeEncodeError:
         return failed(f"the text holds half of a surrogate pair; write the character itself. Write {example}", raw)
     return ToolCall(name=name.strip(), arguments=arguments, raw=raw, id=call_id)

@@ -133,3 +133,20 @@ def test_whatever_the_model_writes_is_bound_as_the_schema_says_or_explained(valu
             assert len(said) < 1200
         else:
             assert arguments.bind(bound) == bound  # what was coerced stays
+
+
+@given(
+    arguments=st.dictionaries(st.sampled_from(["text", "count", "share", "loud", "texts"]), JSON, max_size=5),
+    required=st.sets(st.sampled_from(["text", "count"])),
+)
+def test_plain_parameters_are_bound_as_the_validator_binds_them(arguments: dict[str, Any], required: set[str]) -> None:
+    types = {"text": "string", "count": "integer", "share": "number", "loud": "boolean"}
+    outcomes: list[object] = []
+    for extra in ({}, {"$comment": "a keyword that leaves everything to the validator"}):
+        properties = {name: {"type": kind, **extra} for name, kind in types.items()}
+        try:
+            bound = Arguments({"properties": properties, "required": sorted(required)}).bind(arguments)
+            outcomes.append([(name, type(value), value) for name, value in bound.items()])
+        except ArgumentError as error:
+            outcomes.append(str(error))
+    assert outcomes[0] == outcomes[1]

@@ -30,7 +30,11 @@ TEN = SamplingParams(max_new_tokens=10)
 @asynccontextmanager
 async def client_of(url: str, **options: Any) -> AsyncGenerator[SGLangClient, None]:
     async with aiohttp.ClientSession() as session:
-        yield SGLangClient(url, session=session, **options)
+        client = SGLangClient(url, session=session, **options)
+        try:
+            yield client
+        finally:
+            client.close()
 
 
 @asynccontextmanager
@@ -201,6 +205,7 @@ async def test_errors_inside_a_stream_are_classified_alike(code: int, error: typ
         (chunk([1, 2], 2, finish="stop", output_token_logprobs=[[-0.1, 1, None]]), "1 logprobs"),
         (chunk([1], 1, finish="stop", output_token_logprobs=[[-0.1, 9, None]]), "other tokens"),
         (chunk([1], 1, finish="stop", output_token_logprobs=[[None, 1, None]]), "not SGLang's"),
+        (chunk([1], 1, finish="stop", output_token_logprobs=[[-0.1, 1]]), "not SGLang's"),
         (chunk([1], 3, finish="stop"), "for 3 new tokens"),
         ({"hello": 1}, "not SGLang's"),
         (chunk([1], 1), "without a finish reason"),

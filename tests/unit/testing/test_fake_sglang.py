@@ -3,6 +3,7 @@
 import asyncio
 import statistics
 import sys
+from contextlib import AsyncExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ SAMPLING = SamplingParams(max_new_tokens=64, stop_token_ids=(999,))
 
 
 async def generate(server: FakeSGLang, session: aiohttp.ClientSession, number: int, **options: Any) -> PartialGeneration:
-    return await SGLangClient(server.url, session=session, **options).generate(PROMPT, SAMPLING, rid=f"{number:032d}")
+    with closing(SGLangClient(server.url, session=session, **options)) as client:
+        return await client.generate(PROMPT, SAMPLING, rid=f"{number:032d}")
 
 
 @pytest.mark.asyncio
@@ -53,8 +55,10 @@ async def test_what_exceeds_the_running_requests_waits_and_the_load_says_so() ->
 
 @pytest.mark.asyncio
 async def test_blocks_seen_before_are_cached_within_their_namespace() -> None:
-    async with FakeSGLang() as server, aiohttp.ClientSession() as session:
-        client = SGLangClient(server.url, session=session)
+    async with AsyncExitStack() as stack:
+        server = await stack.enter_async_context(FakeSGLang())
+        session = await stack.enter_async_context(aiohttp.ClientSession())
+        client = stack.enter_context(closing(SGLangClient(server.url, session=session)))
 
         async def cached(ids: list[int], namespace: str | None = None) -> int:
             number = len(server.requests)
@@ -70,8 +74,7 @@ async def test_a_scripted_stall_sends_its_tokens_and_then_nothing() -> None:
     async with FakeSGLang() as server, aiohttp.ClientSession() as session:
         server.stall_after(tokens=5)
         piece = PartialGeneration()
-        client = SGLangClient(server.url, session=session, stall_timeout_s=0.3)
-        with pytest.raises(EngineUnavailable):
+        with closing(SGLangClient(server.url, session=session, stall_timeout_s=0.3)) as client, pytest.raises(EngineUnavailable):
             await client.generate(PROMPT, SAMPLING, rid="0" * 32, into=piece)
         assert piece.ids == pseudo_tokens(PROMPT, 5)
         assert (await generate(server, session, 1)).ids == pseudo_tokens(PROMPT, 64), "only the next request stalls"
@@ -87,13 +90,13 @@ async def test_a_process_can_be_scripted_to_die(tmp_path: Path) -> None:
     )  # fmt: skip
     try:
         async with aiohttp.ClientSession() as session, asyncio.timeout(60):
-            client = SGLangClient(f"http://127.0.0.1:{port}", session=session)
-            while not await client.is_ready(timeout_s=2):
-                await asyncio.sleep(0.05)
-            first = await client.generate(PROMPT, SAMPLING, rid="0" * 32)
-            assert len(first) == 64
-            with pytest.raises(EngineUnavailable):
-                await client.generate(PROMPT, SAMPLING, rid="1" * 32)
+            with closing(SGLangClient(f"http://127.0.0.1:{port}", session=session)) as client:
+                while not await client.is_ready(timeout_s=2):
+                    await asyncio.sleep(0.05)
+                first = await client.generate(PROMPT, SAMPLING, rid="0" * 32)
+                assert len(first) == 64
+                with pytest.raises(EngineUnavailable):
+                    await client.generate(PROMPT, SAMPLING, rid="1" * 32)
             assert await process.wait() == 1
     finally:
         if process.returncode is None:
