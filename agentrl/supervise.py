@@ -1,11 +1,11 @@
 """The only async helpers: ``running()`` for endless loops, ``deadline()`` for bounded ones, ``bounded()`` where even the
-cancellation may be ignored, ``waiting()`` to say what for."""
+cancellation may be ignored, ``heeding_cancellation()`` where it may be lost, ``waiting()`` to say what for."""
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Coroutine
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager
+from collections.abc import AsyncGenerator, Coroutine, Generator
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
@@ -120,6 +120,22 @@ async def bounded(work: Coroutine[Any, Any, T], seconds: float, stage: str) -> T
     if task.cancelled():
         raise AgentRLError(f"{stage} cancelled itself")
     return task.result()
+
+
+@contextmanager
+def heeding_cancellation() -> Generator[None, None, None]:
+    """Raise a cancellation that arrived during the block and was lost in it: whoever cancelled would otherwise wait for ever.
+
+    Before Python 3.12 ``asyncio.wait_for`` loses one that comes in the same moment as the answer, and redis-py writes every command
+    through it. Put no ``TaskGroup`` into the block: before 3.12 one whose task failed leaves its parent marked as cancelled.
+    """
+    task = asyncio.current_task()
+    before = task.cancelling() if task is not None else 0
+    try:
+        yield
+    finally:
+        if task is not None and task.cancelling() > before:
+            raise asyncio.CancelledError
 
 
 def _forget(task: "asyncio.Task[Any]") -> None:

@@ -16,6 +16,7 @@ from rich.console import Console
 from agentrl.cli.tools import tools_app
 from agentrl.config import Config, dump_config, load_config, parse_config
 from agentrl.errors import AgentRLError, ConfigError, DataError
+from agentrl.process import end_process
 
 app = typer.Typer(
     name="agentrl",
@@ -47,7 +48,10 @@ console = Console()
 
 def main() -> None:
     """Entry point: errors of the user's making are one message, ours keep their traceback."""
-    sys.exit(_exit_code(lambda: app(standalone_mode=False)))
+    code = _exit_code(lambda: app(standalone_mode=False))
+    if "agentrl.learner.distributed" in sys.modules:
+        end_process(code)
+    sys.exit(code)
 
 
 def _exit_code(command: Callable[[], Any]) -> int:

@@ -5,6 +5,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Literal
 
+FIRST_PAUSE_SHARE = 1 / 8
+"""Of the longest pause. Most outages are a restart of seconds, after which every second of a pause is lost."""
+
 
 class CircuitBreaker:
     """Open while more than ``max_rate`` of the latest calls failed; closed again by the first success.
@@ -13,7 +16,7 @@ class CircuitBreaker:
         window: latest calls that count.
         min_calls: calls before it may open: two failures of three say little.
         max_rate: share of failures above which it opens.
-        cooldown_s: seconds between probes while open.
+        cooldown_s: longest pause between probes while open, in seconds; the first is an eighth of it, each further one twice the last.
         clock: monotonic seconds.
     """
 
@@ -25,6 +28,7 @@ class CircuitBreaker:
         self._max_rate = max_rate
         self._cooldown_s = cooldown_s
         self._clock = clock
+        self._pause_s = cooldown_s
         self._probe_at = 0.0
         self.is_open = False
 
@@ -48,7 +52,8 @@ class CircuitBreaker:
             return "closed"
         if self.seen >= self._min_calls and self.failed / self.seen > self._max_rate:
             self.is_open = True
-            self._probe_at = self._clock() + self._cooldown_s
+            self._pause_s = FIRST_PAUSE_SHARE * self._cooldown_s
+            self._probe_at = self._clock() + self._pause_s
             return "opened"
         return ""
 
@@ -58,8 +63,9 @@ class CircuitBreaker:
         return self.is_open and self._clock() < self._probe_at
 
     def allows(self) -> bool:
-        """Whether to go on; while open, True once per cooldown, for a probe."""
+        """Whether to go on; while open, True once per pause, for a probe."""
         if self.is_blocking:
             return False
-        self._probe_at = self._clock() + self._cooldown_s
+        self._pause_s = min(2 * self._pause_s, self._cooldown_s)
+        self._probe_at = self._clock() + self._pause_s
         return True

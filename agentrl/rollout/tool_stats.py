@@ -13,7 +13,7 @@ BREAKER_WINDOW = 50
 BREAKER_MIN_CALLS = 20
 """Calls before it may open: two failures of three say little."""
 COOLDOWN_S = 15.0
-"""Between probes while a circuit is open."""
+"""Longest pause between probes while a circuit is open."""
 _LATENCIES = 1000
 
 
@@ -63,7 +63,7 @@ class ToolStats:
         if self.breaker.record(ok=False) == "opened":
             logger.error(
                 "tool_circuit_open tool=%s: %d of the last %d calls failed outside the model's control (last: %s). New rollouts "
-                "pause; nothing of these was trained on. Repair or start the tool's service; a probe goes out every %g s "
+                "pause; nothing of these was trained on. Repair or start the tool's service; probes go out, in the end every %g s "
                 "(limit: max_infra_error_rate=%g)",
                 self.name, self.breaker.failed, self.breaker.seen, error, COOLDOWN_S, self._limit,
             )  # fmt: skip

@@ -3,7 +3,7 @@
 The model's mistakes (text that is no call, an unknown name, bad arguments, ``ToolError``, a call that runs too long) become
 observations that it reads and may learn from. Everything else that goes wrong in a tool is infrastructure: the rollout ends
 as failed and is never given a reward. When most calls of a tool fail that way, its circuit opens: `Toolbox.blocked` names
-the tool, the worker starts no new rollouts, and one probe is let through per cooldown until a call succeeds.
+the tool, the worker starts no new rollouts, and one probe is let through per pause until a call succeeds.
 """
 
 import asyncio

@@ -26,7 +26,7 @@ from agentrl.types import Episode, GroupClose, Task, Trajectory, group_id_of
 logger = logging.getLogger(__name__)
 
 FAILURE_COOLDOWN_S = 10.0
-"""Between probe groups while nearly every rollout fails."""
+"""Longest pause between probe groups while nearly every rollout fails."""
 FAILURE_RATE = 0.8
 """Share of failed attempts above which new groups pause: otherwise a dead fleet would burn through the tasks."""
 
@@ -277,7 +277,7 @@ class RolloutWorker:
         )
         if room == 0:
             return 0, "capacity"
-        # Asked last: an open circuit answers None once per cooldown, and that probe must not be wasted.
+        # Asked last: an open circuit answers None once per pause, and that probe must not be wasted.
         paused = self._paused() if self._paused is not None else None
         if paused:
             return 0, paused
@@ -421,7 +421,7 @@ class RolloutWorker:
         if self._breaker.record(ok=False) == "opened":
             logger.error(
                 "rollouts_pause: %d of the last %d attempts failed (last: %s: %s). New groups wait; nothing of these is trained "
-                "on. Repair the cause; one group probes every %g s",
+                "on. Repair the cause; single groups probe, in the end every %g s",
                 self._breaker.failed, self._breaker.seen, error.kind, error, FAILURE_COOLDOWN_S,
             )  # fmt: skip
         if self._on_failure is not None:

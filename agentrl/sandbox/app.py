@@ -270,6 +270,7 @@ def run_app(app: FastAPI, *, drain_s: float, host: str = "", port: int = 0, sock
             app,
             host=host,
             port=port,
+            http="h11",  # bounds a request's head; httptools, which uvicorn prefers, does not
             log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=max(1, round(drain_s)),

@@ -170,7 +170,7 @@ def serve(args: argparse.Namespace) -> int:
         raise ConfigError(f"cannot listen on {args.host}:{args.port} ({error}): choose another port, or 0.") from error
     engine, app = build(args)
     config = uvicorn.Config(
-        app, log_level=args.log_level, access_log=False, lifespan="off", timeout_graceful_shutdown=SHUTDOWN_GRACE_S
+        app, http="h11", log_level=args.log_level, access_log=False, lifespan="off", timeout_graceful_shutdown=SHUTDOWN_GRACE_S
     )
     server = _Server(config)
 

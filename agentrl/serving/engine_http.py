@@ -4,9 +4,9 @@ Only generation goes this way; control calls use the shared session. A general c
 and a task for every request and wakes its caller at every piece of the answer, which costs more than all that the manager
 does besides. Here the pieces go to a function as they arrive, and the caller wakes once, when the answer is whole.
 
-What is spoken: a POST with its length; answers with a length, in chunks, or until the connection ends; interim answers (1xx)
-are passed over. No redirects, proxies or compression: none is asked for, and an engine that answers so is refused by its
-status or its bytes. Whatever is not HTTP is a `BrokenAnswer`.
+The parser is llhttp, by httptools. What is spoken: a POST with its length; answers with a length, in chunks, or until the
+connection ends; interim answers (1xx) are passed over. No redirects, proxies or compression: none is asked for, and an engine
+that answers so is refused by its status or its bytes. Whatever is not HTTP is a `BrokenAnswer`.
 
 Waits for: a connection (bounded here), and the answer, bounded by its caller and, where asked for, by the longest silence.
 """
@@ -14,16 +14,15 @@ Waits for: a connection (bounded here), and the answer, bounded by its caller an
 import asyncio
 import ssl
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
+import httptools
 from yarl import URL
 
 _KEPT_S = 4.0
 """Idle connections are used again for so long. Uvicorn closes them after 5 s, and what is sent into a closing connection is lost."""
 _MAX_HEAD = 64 << 10
-_MAX_LINE = 4 << 10
-"""Bytes of an answer's head, and of the size line of a chunk; more is no HTTP."""
-_HEX = frozenset(b"0123456789abcdefABCDEF")
+"""Bytes of an answer's head; more is no HTTP."""
 
 
 class BrokenAnswer(ConnectionError):
@@ -196,120 +195,73 @@ class _Connection(asyncio.Protocol):
 
 
 class _Answer:
-    """One answer, read as it arrives."""
+    """One answer, read as it arrives. The methods ``on_...`` are called by the parser, and must not raise."""
 
     def __init__(self, read: Reader) -> None:
         self._read = read
         self._take: Callable[[bytes], None] | None = None
-        self._rest = b""
-        self._left = 0
-        """Bytes of the body, or of the chunk, that are still to come."""
-        self._part: Literal["body", "size", "chunk", "chunk end", "trailer", "until close"] = "body"
+        self._parser: Any = httptools.HttpResponseParser(self)
+        self._headers: dict[bytes, bytes] = {}
+        self._pieces: list[bytes] = []
+        self._num_head_bytes = 0
+        self._is_whole = False
         self.head: Head | None = None
+        self.ends_with_connection = False
+        """It says no other end."""
         self.leaves_connection = True
-
-    @property
-    def ends_with_connection(self) -> bool:
-        return self.head is not None and self._part == "until close"
+        """Another request may follow on its connection."""
 
     def feed(self, data: bytes) -> bool:
         """Read on. True when the answer is whole.
 
         Raises:
-            BrokenAnswer: this is not HTTP/1.1.
+            BrokenAnswer: this is not HTTP/1.1, or comes in a coding that nobody asked for.
         """
-        if self._rest:
-            data, self._rest = self._rest + data, b""
-        at = 0
-        while self.head is None:
-            end = data.find(b"\r\n\r\n", at)
-            if end < 0:
-                self._keep(data[at:], _MAX_HEAD)
-                return False
-            self._begin(data[at:end])
-            at = end + 4
-        pieces: list[bytes] = []
-        is_whole = self._read_body(data, at, pieces)
-        if pieces:
-            assert self._take is not None
-            self._take(pieces[0] if len(pieces) == 1 else b"".join(pieces))
-        return is_whole
-
-    def _keep(self, rest: bytes, limit: int) -> None:
-        if len(rest) > limit:
-            raise BrokenAnswer(f"{len(rest)} bytes without an end of line: {rest[:80]!r}")
-        self._rest = rest
-
-    def _begin(self, text: bytes) -> None:
-        first, *lines = text.decode("latin-1").split("\r\n")
-        version, _, rest = first.partition(" ")
-        code = rest[:3]
-        if version not in ("HTTP/1.1", "HTTP/1.0") or len(code) != 3 or not code.isascii() or not code.isdigit():
-            raise BrokenAnswer(f"the answer begins with {first[:80]!r}, which is not HTTP/1.1")
-        status = int(code)
-        if 100 <= status < 200:
-            return
-        headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-        is_asked_to_close = "close" in headers.get("connection", "").lower()
-        self.leaves_connection = version == "HTTP/1.1" and not is_asked_to_close
-        length, coding = headers.get("content-length"), headers.get("transfer-encoding")
-        if coding is not None:
-            if coding.lower() != "chunked":
-                raise BrokenAnswer(f"the answer comes as {coding[:80]!r}, which was not asked for")
-            self._part = "size"
-        elif length is not None or status in (204, 304):
-            if length is not None and not (length.isascii() and length.isdigit()):
-                raise BrokenAnswer(f"the answer's length is {length[:80]!r}")
-            self._left = 0 if status in (204, 304) else int(length or 0)
-        else:
-            self._part, self.leaves_connection = "until close", False
-        self.head = Head(status, headers.get("content-type", "").partition(";")[0].strip().lower())
-        self._take = self._read(self.head)
-
-    def _read_body(self, data: bytes, at: int, pieces: list[bytes]) -> bool:
-        """Collect what belongs to the body; returns whether it is whole."""
-        if self._part == "until close":
-            pieces.append(data[at:])
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            if not self._is_whole:
+                raise BrokenAnswer(f"the answer is not HTTP/1.1 ({error}): {data[:80]!r}") from error
+            self.leaves_connection = False  # what follows belongs to no request
+        if self.head is None:
+            self._num_head_bytes += len(data)
+            if self._num_head_bytes > _MAX_HEAD:
+                raise BrokenAnswer(f"{self._num_head_bytes} bytes and no end of the answer's head")
             return False
-        if self._part == "body":
-            pieces.append(data[at : at + self._left])
-            self._left -= len(pieces[0])
-            return self._left == 0 and self._ends_at(at + len(pieces[0]), data)
-        return self._read_chunks(data, at, pieces)
+        if self._take is None:
+            coding = self._headers.get(b"transfer-encoding", b"chunked")
+            if coding.lower() != b"chunked":
+                raise BrokenAnswer(f"the answer comes as {coding[:80]!r}, which was not asked for")
+            self._take = self._read(self.head)
+        if self._pieces:
+            self._take(self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces))
+            self._pieces.clear()
+        if self._is_whole:
+            self._parser = None  # it holds this object, too
+        return self._is_whole
 
-    def _read_chunks(self, data: bytes, at: int, pieces: list[bytes]) -> bool:
-        while True:
-            if self._part == "chunk":
-                piece = data[at : at + self._left]
-                pieces.append(piece)
-                at += len(piece)
-                self._left -= len(piece)
-                if self._left:
-                    return False
-                self._part = "chunk end"
-            end = data.find(b"\r\n", at)
-            if end < 0:
-                self._keep(data[at:], _MAX_LINE)
-                return False
-            line, at = data[at:end], end + 2
-            if self._part == "chunk end":
-                if line:
-                    raise BrokenAnswer(f"a chunk is longer than it says: {line[:80]!r}")
-                self._part = "size"
-            elif self._part == "size":
-                self._left = _chunk_size(line)
-                self._part = "chunk" if self._left else "trailer"
-            elif not line:  # the end of the trailer
-                return self._ends_at(at, data)
-
-    def _ends_at(self, at: int, data: bytes) -> bool:
-        if at < len(data):  # what follows belongs to no request
+    def on_message_begin(self) -> None:
+        self._headers.clear()  # of an interim answer
+        if self._is_whole:
             self.leaves_connection = False
-        return True
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self.head is None:
+            self._headers[name.lower()] = value
 
-def _chunk_size(line: bytes) -> int:
-    digits = line.partition(b";")[0].strip()
-    if not 0 < len(digits) <= 8 or not _HEX.issuperset(digits):
-        raise BrokenAnswer(f"{line[:80]!r} is not the size of a chunk")
-    return int(digits, 16)
+    def on_headers_complete(self) -> None:
+        status = self._parser.get_status_code()
+        if self.head is None and status >= 200:
+            content_type = self._headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+            self.head = Head(status, content_type.decode("latin-1"))
+            has_end = b"content-length" in self._headers or b"transfer-encoding" in self._headers
+            self.ends_with_connection = not has_end and status not in (204, 304)
+
+    def on_body(self, body: bytes) -> None:
+        if not self._is_whole:
+            self._pieces.append(body)
+
+    def on_message_complete(self) -> None:
+        if self.head is not None and not self._is_whole:
+            self._is_whole = True
+            self.leaves_connection = bool(self._parser.should_keep_alive())

@@ -129,6 +129,7 @@ async def serving_servers_api(manager: AsyncLLMServerManager, *, token: str, hos
     listener = socket.create_server((host, 0))
     config = uvicorn.Config(
         create_servers_api(manager, token=token),
+        http="h11",
         log_level="warning",
         access_log=False,
         lifespan="off",

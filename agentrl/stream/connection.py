@@ -26,6 +26,7 @@ from redis.retry import Retry
 
 from agentrl.errors import ConfigError, StreamError
 from agentrl.stream import sentinel
+from agentrl.supervise import heeding_cancellation
 
 log = logging.getLogger(__name__)
 
@@ -180,20 +181,12 @@ async def retry_async(
 ) -> T:
     """``retry`` for asyncio. ``on_wait("stream:down", seconds)`` is called before every pause."""
     pauses = Pauses(what, patience_s)
-    task = asyncio.current_task()
-    cancels = task.cancelling() if task is not None else 0
     while True:
         try:
-            answer = await call()
+            with heeding_cancellation():
+                return await call()
         except (RedisError, OSError) as error:
             pause = pauses.after(error)
-        else:
-            # redis-py can swallow a cancellation that arrives together with the reply; the caller would then never end.
-            if task is not None and task.cancelling() > cancels:
-                raise asyncio.CancelledError
-            return answer
-        if task is not None and task.cancelling() > cancels:
-            raise asyncio.CancelledError
         if on_wait is not None:
             on_wait("stream:down", pauses.waited_s)
         await asyncio.sleep(pause)

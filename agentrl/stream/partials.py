@@ -8,6 +8,7 @@ from redis.exceptions import RedisError
 
 from agentrl.errors import StreamError
 from agentrl.stream.keys import Keys
+from agentrl.supervise import heeding_cancellation
 
 
 class RedisPartials:
@@ -33,6 +34,7 @@ class RedisPartials:
 
     async def _call(self, call: Awaitable[Any]) -> Any:
         try:
-            return await call
+            with heeding_cancellation():
+                return await call
         except RedisError as error:
             raise StreamError(f"partial rollouts: {error}") from error

@@ -6,10 +6,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -164,6 +165,19 @@ def small_disk(folder: Path, *, mib: int) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def survivors(folder: Path) -> list[str]:
+    """Processes that a test in this folder started, or that those started, and that still live: all inherit its environment.
+
+    What the sandbox runs is not among them: it has no environment of ours, and dies with the sandbox.
+    """
+    mark, found = str(folder / "script.json"), list[str]()
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get("CHAOS_SCRIPT") == mark:
+                found.append(f"{process.pid}: {' '.join(process.cmdline())[:200]}")
+    return found
 
 
 def agentrl(*arguments: str, folder: Path, name: str) -> Process:

@@ -4,6 +4,8 @@
 
 Everything is real but the model: supervisor, Redis, sandbox, serve, two engine processes that say what a script says, a learner
 with a tiny model. 0 lost and 0 twice are what ``agentrl audit`` proves; 0 stuck is that acknowledged work grows after every event.
+The seed decides everything: an odd one plays the rollouts in two worker processes, and the run ends by Ctrl-C, by SIGTERM or by
+SIGKILL of its supervisor.
 """
 
 import json
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chaos_rig import Process, agentrl, logs_of, until, write_config, write_project
+from chaos_rig import Process, agentrl, logs_of, survivors, until, write_config, write_project
 
 from agentrl.assembly.audit import audit_run, newest_checkpoint, stream_of
 from agentrl.assembly.stalls import judge, take_snapshot
@@ -30,7 +32,9 @@ EVENTS = int(os.environ.get("AGENTRL_CHAOS_KILLS", "6"))
 SEED = int(os.environ.get("AGENTRL_CHAOS_SEED", str(random.SystemRandom().randrange(10**6))))
 EVENTS_PER_RUN = 20
 """More would make the audit, which reads everything, the longest part."""
-ROLES = ("learn", "serve", "engine-0", "engine-1", "sandbox", "redis")
+PARTS = ("learn", "serve", "engine-0", "engine-1", "sandbox", "redis")
+WORKERS = ("serve-0", "serve-1")
+"""With ``serve.workers=2`` they play the rollouts; ``serve`` then owns the engines, and is reported as ``owner``."""
 STUCK_AFTER_S = 90.0
 
 pytestmark = [pytest.mark.slow, pytest.mark.chaos, pytest.mark.timeout(240 + 60 * min(EVENTS, EVENTS_PER_RUN))]
@@ -57,6 +61,10 @@ class Run:
 
     def pid_of(self, role: str) -> int | None:
         return next((int(e["pid"]) for e in self.directory.processes() if e["role"] == role), None)
+
+    def live_children(self) -> list[str]:
+        """What lives of the run but the stream's server, which outlives a supervisor that is killed."""
+        return [str(e["role"]) for e in self.directory.processes() if e["role"] != "redis"]
 
     def acknowledged(self) -> int:
         """Trajectories that left the stream behind a checkpoint; never falls."""
@@ -102,7 +110,12 @@ def start(project: Path) -> Iterator[Callable[..., Run]]:
         EmbeddedServer(run.directory.redis).release()
 
 
-def attack(run: Run, rng: random.Random, role: str) -> dict[str, Any]:
+def named(role: str, workers: int) -> str:
+    """As reports call the part."""
+    return "owner" if role == "serve" and workers > 1 else role
+
+
+def attack(run: Run, rng: random.Random, role: str, workers: int) -> dict[str, Any]:
     """One event, and what became of it."""
     halt_s = rng.uniform(0.3, 5.0) if rng.random() < 0.25 else 0.0
     waits_for_recovery = rng.random() < 0.35
@@ -114,7 +127,12 @@ def attack(run: Run, rng: random.Random, role: str) -> dict[str, Any]:
     if halt_s:
         time.sleep(halt_s)
         os.kill(pid, signal.SIGCONT)
-    event = {"role": role, "signal": "STOP" if halt_s else "KILL", "halted_s": round(halt_s, 1), "recovery_s": None}
+    event = {
+        "role": named(role, workers),
+        "signal": "STOP" if halt_s else "KILL",
+        "halted_s": round(halt_s, 1),
+        "recovery_s": None,
+    }
     print(f"event {event} pause={pause_s:.1f} before={before}", flush=True)
     if waits_for_recovery:
         run.audit()
@@ -131,23 +149,25 @@ def test_no_kill_and_no_halt_loses_repeats_or_sticks_anything(
 ) -> None:
     seed, count = SEED + number, min(EVENTS_PER_RUN, EVENTS - number * EVENTS_PER_RUN)
     print(f"AGENTRL_CHAOS_SEED={seed} AGENTRL_CHAOS_KILLS={count} replays this run", flush=True)
-    rng = random.Random(seed)
+    rng, workers = random.Random(seed), 1 + seed % 2
     config = write_config(
         project, name=f"chaos-{number}", tool="code",
         run={"name": f"chaos-{number}", "dir": str(project / "runs"), "seed": seed, "max_restarts": 1000, "stall_warn_s": 30},
-        learn={"steps": 100_000}, serve={"attempts": 3},
+        learn={"steps": 100_000}, serve={"attempts": 3, "workers": workers},
     )  # fmt: skip
     run = start(config)
     run.wait(lambda: run.directory.config.is_file() and run.pid_of("redis"), seconds=60, name="stream server")
     run.wait(lambda: run.acknowledged() > 0, seconds=90, name="first acknowledged work")
-    rounds = [role for _ in range(-(-count // len(ROLES))) for role in rng.sample(ROLES, len(ROLES))]
-    events = [attack(run, rng, role) for role in rounds[:count]]
+    roles = PARTS if workers == 1 else PARTS + WORKERS
+    rounds = [role for _ in range(-(-count // len(roles))) for role in rng.sample(roles, len(roles))]
+    events = [attack(run, rng, role, workers) for role in rounds[:count]]
 
     last = run.acknowledged()
     run.wait(lambda: run.acknowledged() > last, seconds=STUCK_AFTER_S, name="progress after the last event")
-    how = signal.SIGTERM if number % 2 else signal.SIGINT
+    how = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)[seed % 3]
     run.process.process.send_signal(how)
-    run.finish(seconds=150, code=128 + how)
+    run.finish(seconds=150, code=-how if how == signal.SIGKILL else 128 + how)
+    until(lambda: not run.live_children(), seconds=150, name="end of what the supervisor started", show=run.logs)
     report = audit_run(run.directory.root)
     assert report.clean, report.text()
 
@@ -157,6 +177,7 @@ def test_no_kill_and_no_halt_loses_repeats_or_sticks_anything(
     report = audit_run(run.directory.root)
     assert report.clean, report.text()
     assert judge(take_snapshot(run.directory)).state == "finished"
+    until(lambda: not survivors(project), seconds=20, name="end of every process", show=lambda: "\n".join(survivors(project)))
     with stream_of(run.directory.root) as (client, keys):
         books = read_books(client, keys)
     assert books.ledger.open_groups == 0, "the drain left a group open"

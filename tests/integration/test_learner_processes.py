@@ -35,6 +35,7 @@ from agentrl.learner.lora import LoraSettings
 from agentrl.learner.optim import OptimizerSettings
 from agentrl.learner.settings import CriticSettings, KLSettings, LossSettings
 from agentrl.learner.weight_publisher import WeightPublisher
+from agentrl.process import end_process
 
 model_dir, run_dir, num_steps, stage, nth, mode = sys.argv[1:7]
 seen = 0
@@ -64,6 +65,7 @@ run_learning(
     async_save=mode == "async",
 )
 stop_team()
+end_process(0)
 '''
 
 

@@ -61,3 +61,36 @@ def test_a_rank_whose_sibling_is_gone_says_so_with_the_limit_and_what_to_do(
         for rank in ranks:
             rank.kill()
             rank.communicate()
+
+
+LAST_EXCHANGE = """
+import sys, threading, time
+import torch
+import torch.distributed as dist
+from agentrl.learner.distributed import start_team, stop_team
+from agentrl.process import end_process
+
+class Sent(bytearray):
+    def __del__(self):  # in the group's thread, the last that holds it
+        released.set()
+        while True:
+            time.sleep(0.001)
+
+released = threading.Event()
+start_team(device="cpu")
+kept = dist.group.WORLD  # as parameters, meshes and torch's own caches keep it
+dist.all_reduce(torch.frombuffer(Sent(8), dtype=torch.uint8), async_op=True)
+assert released.wait(60)
+stop_team()
+print("done")
+end_process(3)
+"""
+
+
+def test_a_rank_whose_work_is_done_ends_with_its_own_exit_code_whatever_torchs_threads_still_hold() -> None:
+    """`sys.exit` ends it by SIGABRT: "terminate called without an active exception"."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", LAST_EXCHANGE], env=environment, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert (done.returncode, done.stdout) == (3, "done\n"), done.stderr

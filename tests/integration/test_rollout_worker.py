@@ -360,7 +360,7 @@ async def test_a_wave_of_failures_pauses_instead_of_burning_through_the_tasks(
         lost = len(stream.closes)
         assert lost < 10
         assert "no server" in caplog.text
-        assert "One group probes" in caplog.text or "one group probes" in caplog.text
+        assert "single groups probe" in caplog.text
         is_down = False
         await until(lambda: len(stream.closes) > lost + 5)
     assert worker.status()["failed"]["generation"] == sum(not c.members for c in stream.closes.values()) * 2

@@ -13,6 +13,7 @@ import redis.asyncio
 from agentrl.rollout.worker import RolloutWorker
 from agentrl.stream.keys import Keys
 from agentrl.stream.leases import TaskLeases
+from agentrl.stream.partials import RedisPartials
 from agentrl.stream.policy import read_progress
 from agentrl.stream.producer import TrajectoryProducer
 from agentrl.testing.stream_doubles import make_trajectory
@@ -159,12 +160,16 @@ async def test_workers_that_are_killed_and_restarted_play_every_group_once_and_n
     assert {f"t{o}/{o}": 2 for o in range(36)}.items() <= per_group.items()
 
 
-async def test_cancelling_a_process_that_talks_to_the_stream_all_the_time_always_ends_it(aclient: redis.asyncio.Redis) -> None:
+@pytest.mark.parametrize("about", ["progress", "partial rollouts"])
+async def test_cancelling_a_process_that_talks_to_the_stream_all_the_time_always_ends_it(
+    aclient: redis.asyncio.Redis, about: str
+) -> None:
     """redis-py's own `wait_for` loses about every second of these cancellations before Python 3.12."""
+    partials = RedisPartials(aclient, KEYS)
 
     async def talk() -> None:
         while True:
-            await read_progress(aclient, KEYS)
+            await (read_progress(aclient, KEYS) if about == "progress" else partials.save("t/0/0/0/0", b"a turn"))
 
     for _ in range(50):
         talking = asyncio.create_task(talk())

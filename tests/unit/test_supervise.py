@@ -1,9 +1,11 @@
 import asyncio
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
 
 import pytest
 
 from agentrl.errors import ConfigError, DeadlineExceeded
-from agentrl.supervise import LoopExited, current_waits, deadline, running, waiting
+from agentrl.supervise import LoopExited, current_waits, deadline, heeding_cancellation, running, waiting
 
 
 async def forever() -> None:
@@ -86,6 +88,48 @@ async def test_of_nested_deadlines_the_one_that_passed_is_named() -> None:
     with pytest.raises(DeadlineExceeded, match="rollout"):
         async with deadline(0.01, "rollout"), deadline(10, "turn"):
             await forever()
+
+
+@pytest.mark.asyncio
+async def test_a_cancellation_lost_in_a_block_is_raised_behind_it() -> None:
+    async def loses_it() -> str:
+        try:
+            await forever()
+        except asyncio.CancelledError:
+            return "the answer had come"
+        return ""
+
+    async def fails_instead() -> str:
+        await loses_it()
+        raise ConfigError("the answer was an error")
+
+    async def heeds(lossy: Callable[[], Coroutine[None, None, str]]) -> str:
+        with heeding_cancellation():
+            return await lossy()
+
+    for lossy in (loses_it, fails_instead):
+        task = asyncio.create_task(heeds(lossy))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled()
+
+
+@pytest.mark.asyncio
+async def test_heeding_cancellation_changes_nothing_where_there_is_none_and_nothing_about_an_outer_deadline() -> None:
+    with heeding_cancellation(), pytest.raises(DeadlineExceeded, match="tool"):
+        async with deadline(0.01, "tool"):
+            await forever()
+    with pytest.raises(ConfigError), heeding_cancellation():
+        raise ConfigError("of the block")
+
+    async def lost() -> None:
+        with heeding_cancellation(), suppress(asyncio.CancelledError):
+            await forever()
+
+    with pytest.raises(DeadlineExceeded, match="outer"):
+        async with deadline(0.01, "outer"):
+            await lost()
 
 
 def test_waits_are_counted_by_reason_and_end_with_the_block() -> None:

@@ -127,7 +127,13 @@ async def proxy_host(host: ProxyHost, *, bind: str = "127.0.0.1", port: int = 0)
         listener.bind((bind, port))
         host.url = f"http://{bind}:{listener.getsockname()[1]}"
         config = uvicorn.Config(
-            host.app, log_config=None, access_log=False, lifespan="off", ws="none", timeout_graceful_shutdown=SHUTDOWN_GRACE_S
+            host.app,
+            http="h11",
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            timeout_graceful_shutdown=SHUTDOWN_GRACE_S,
         )
         server = _Server(config)
         async with running(endpoint=_serve(server, listener)):

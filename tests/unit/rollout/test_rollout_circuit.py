@@ -7,7 +7,7 @@ from agentrl.testing.tiny_model import make_tiny_tokenizer
 
 def test_a_circuit_opens_on_most_of_many_probes_while_open_and_closes_on_a_success() -> None:
     now = 0.0
-    breaker = CircuitBreaker(window=10, min_calls=4, max_rate=0.5, cooldown_s=5, clock=lambda: now)
+    breaker = CircuitBreaker(window=10, min_calls=4, max_rate=0.5, cooldown_s=40, clock=lambda: now)
     assert [breaker.record(ok=False) for _ in range(3)] == ["", "", ""]
     assert breaker.allows()
     assert breaker.record(ok=False) == "opened"
@@ -17,6 +17,29 @@ def test_a_circuit_opens_on_most_of_many_probes_while_open_and_closes_on_a_succe
     assert breaker.record(ok=False) == ""
     assert breaker.record(ok=True) == "closed"
     assert (breaker.allows(), breaker.failed, breaker.seen) == (True, 0, 0)
+
+
+def test_an_outage_of_seconds_is_probed_within_seconds_and_a_long_one_at_the_longest_pause() -> None:
+    now = 0.0
+    breaker = CircuitBreaker(window=10, min_calls=4, max_rate=0.5, cooldown_s=16, clock=lambda: now)
+
+    def probes(until: float) -> list[float]:
+        nonlocal now
+        found: list[float] = []
+        while now < until:
+            now += 0.5
+            if breaker.allows():
+                found.append(now)
+                breaker.record(ok=False)
+        return found
+
+    for _ in range(4):
+        breaker.record(ok=False)
+    assert probes(64.0) == [2.0, 6.0, 14.0, 30.0, 46.0, 62.0]
+    breaker.record(ok=True)
+    for _ in range(4):
+        breaker.record(ok=False)
+    assert probes(72.0) == [66.0, 70.0], "the next outage is another one"
 
 
 def test_half_failures_do_not_open_a_circuit_of_one_half() -> None:
