@@ -246,6 +246,8 @@ class CountingSink:
     def __init__(self) -> None:
         self.standing = Standing()
         self.turns = 0
+        self._closed: set[int] = set()
+        self._lowest_open = 0
 
     async def put_trajectory(self, trajectory: Trajectory) -> None:
         turns = sum(turn.kind == "model" for turn in trajectory.turns)
@@ -257,15 +259,18 @@ class CountingSink:
     async def close_group(self, close: GroupClose) -> None:
         assert not close.failed, close.failed
         self.standing.closed_groups += 1
+        self._closed.add(close.ordinal)
+        while self._lowest_open in self._closed:
+            self._lowest_open += 1
 
     async def present(self, ids: Sequence[str]) -> set[str]:
         return set()
 
     async def next_open_ordinal(self) -> int:
-        return 0
+        return self._lowest_open
 
     async def is_closed(self, ordinals: Iterable[int]) -> set[int]:
-        return set()
+        return self._closed.intersection(ordinals)
 
     async def progress(self) -> Standing:
         return self.standing
