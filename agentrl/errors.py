@@ -68,6 +68,10 @@ class WeightSyncError(AgentRLError):
     """A server could not be brought to the announced policy version."""
 
 
+class ServerUnreachable(WeightSyncError):
+    """Nobody listens at a server's address, which says nothing of the policy that it was to load."""
+
+
 class TrainingDiverged(AgentRLError):
     """Gradients were not finite several updates in a row; the weights are those of the last finite update."""
 

@@ -24,7 +24,7 @@ import orjson
 from numpy.typing import NDArray
 from yarl import URL
 
-from agentrl.errors import GenerationError, WeightSyncError
+from agentrl.errors import GenerationError, ServerUnreachable, WeightSyncError
 from agentrl.serving.engine_http import EngineConnections, Head
 from agentrl.types import FinishReason, SamplingParams, version_of_label
 from agentrl.weights.buckets import Bucket
@@ -523,6 +523,8 @@ class SGLangClient:
                 ) as response,
             ):
                 return response.status, await response.text()
+        except aiohttp.ClientConnectorError as error:
+            raise ServerUnreachable(f"{self.url}{path} failed: {error!r}. Is that engine running?") from error
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             what = f"no answer within {timeout_s:g} s" if scope.expired() else repr(error)
             raise WeightSyncError(f"{self.url}{path} failed: {what}. Look at that engine's log.") from error

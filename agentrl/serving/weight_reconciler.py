@@ -37,7 +37,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from agentrl.errors import StreamError, WeightSyncError
+from agentrl.errors import ServerUnreachable, StreamError, WeightSyncError
 from agentrl.serving.server_manager import NO_POLICY, AsyncLLMServerManager
 from agentrl.serving.sglang_client import ModelInfo, PauseMode, SGLangClient
 from agentrl.serving.weight_broadcast import WeightBroadcaster
@@ -104,6 +104,8 @@ class _Backoff:
     record: PolicyRecord
     failures: int
     not_before: float
+    was_reached: bool
+    """One of the failures was the server's own: it refused, or went down with the policy."""
 
 
 class WeightReconciler:
@@ -398,7 +400,7 @@ class WeightReconciler:
         client, incarnation = self._manager.client(url), self._manager.incarnation(url)
         is_first = self._manager.verified_label(url) is None
         paused_s = 0.0
-        problem = ""
+        problem, was_reached = "", True
         transport: Transport = "disk"
         try:
             if is_first and await self._already_serves(client, record, is_doubtful=self._doubtful.get(url) == incarnation):
@@ -413,11 +415,11 @@ class WeightReconciler:
                 update = self._update_paused if is_first or self._mode != "rolling" else self._update_drained
                 paused_s = await update(client, record, transport=transport, is_first=is_first)
         except WeightSyncError as error:
-            problem = str(error)
+            problem, was_reached = str(error), not isinstance(error, ServerUnreachable)
         if url not in self._manager.urls or self._manager.incarnation(url) != incarnation:
             return  # removed or restarted meanwhile: what was verified is not what is there now
         if problem:
-            self._failed(url, record, problem)
+            self._failed(url, record, problem, was_reached=was_reached)
         else:
             is_adapter = record.kind == "lora" and not client.is_embedded
             self._succeeded(url, record, adapter=record.label if is_adapter else None)
@@ -561,12 +563,13 @@ class WeightReconciler:
         if record not in self._good:
             self._good.append(record)
 
-    def _failed(self, url: str, record: PolicyRecord, problem: str) -> None:
+    def _failed(self, url: str, record: PolicyRecord, problem: str, *, was_reached: bool) -> None:
         backoff = self._backoffs.get(url)
         failures = backoff.failures + 1 if backoff else 1
+        was_reached = was_reached or (backoff is not None and backoff.was_reached)
         wait_s = min(self._backoff_s * 2 ** (failures - 1), self._max_backoff_s)
         now = asyncio.get_running_loop().time()
-        self._backoffs[url] = _Backoff(self._manager.incarnation(url), record, failures, now + wait_s)
+        self._backoffs[url] = _Backoff(self._manager.incarnation(url), record, failures, now + wait_s, was_reached)
         self._manager.quarantine(url, problem)
         self._doubtful[url] = self._manager.incarnation(url)
         log.warning("weight update failed url=%s label=%s try=%d again_in_s=%g: %s", url, record.label, failures, wait_s, problem)
@@ -583,6 +586,7 @@ class WeightReconciler:
             and backoff is not None
             and backoff.record == record
             and backoff.failures >= self._rollback_after
+            and backoff.was_reached
         )
 
     def _report(self, update: WeightUpdate) -> None:

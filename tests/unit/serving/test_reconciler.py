@@ -410,6 +410,23 @@ async def test_a_policy_that_was_given_up_is_tried_on_one_server_until_it_holds(
 
 
 @pytest.mark.asyncio
+async def test_dead_servers_say_nothing_against_a_policy_and_come_back_to_it(tmp_path: Path) -> None:
+    async with reconciled(tmp_path, 2) as (manager, servers, policies, reconciler):
+        for version in range(2):
+            policies.announce(version)
+            await until(lambda: settled(reconciler, policies))
+        for server in servers:
+            await server.kill()
+            manager.quarantine(server.url, "its process died")
+        await until(lambda: sum(bool(update.error) for update in reconciler.updates) >= 8)
+        assert (reconciler.num_rollbacks, reconciler.problem, reconciler.target) == (0, None, policies.record)
+        for server in servers:
+            await server.start()
+        await until(lambda: settled(reconciler, policies))
+        assert set((await ask(manager)).versions) == {1}
+
+
+@pytest.mark.asyncio
 async def test_without_an_earlier_policy_of_the_same_learner_nothing_is_rolled_back(tmp_path: Path) -> None:
     async with reconciled(tmp_path, 1) as (manager, servers, policies, reconciler):
         policies.announce(7)
