@@ -74,26 +74,14 @@ def connect(url: str, *, role: str = "client", socket_timeout_s: float | None = 
     Raises:
         ConfigError: the url is not redis://, rediss://, unix:// or one of those of ``sentinel.SentinelUrl``.
     """
-    _check_url(url)
-    options: dict[str, Any] = _options(role, socket_timeout_s) | {"retry": Retry(NoBackoff(), 0)}
-    if not url.startswith(sentinel.SCHEMES):
-        return redis.Redis.from_url(url, **options)
-    parts = sentinel.SentinelUrl.parse(url, shown=redact_url(url))
-    asked: dict[str, Any] = parts.sentinel_options | options | {"socket_timeout": CONNECT_TIMEOUT_S}
-    sentinels = redis.sentinel.Sentinel(parts.sentinels, sentinel_kwargs=asked)
-    return sentinels.master_for(parts.service, **parts.server_options | options)
+    options = _options(role, socket_timeout_s) | {"retry": Retry(NoBackoff(), 0)}
+    return _open(url, redis.Redis, redis.sentinel.Sentinel, options)
 
 
 def connect_async(url: str, *, role: str = "client", socket_timeout_s: float | None = SOCKET_TIMEOUT_S) -> redis.asyncio.Redis:
     """``connect`` for asyncio."""
-    _check_url(url)
-    options: dict[str, Any] = _options(role, socket_timeout_s) | {"retry": AsyncRetry(NoBackoff(), 0)}
-    if not url.startswith(sentinel.SCHEMES):
-        return redis.asyncio.Redis.from_url(url, **options)
-    parts = sentinel.SentinelUrl.parse(url, shown=redact_url(url))
-    asked: dict[str, Any] = parts.sentinel_options | options | {"socket_timeout": CONNECT_TIMEOUT_S}
-    sentinels = redis.asyncio.sentinel.Sentinel(parts.sentinels, sentinel_kwargs=asked)
-    return sentinels.master_for(parts.service, **parts.server_options | options)
+    options = _options(role, socket_timeout_s) | {"retry": AsyncRetry(NoBackoff(), 0)}
+    return _open(url, redis.asyncio.Redis, redis.asyncio.sentinel.Sentinel, options)
 
 
 def client_name(role: str) -> str:
@@ -231,11 +219,17 @@ def _reply(error: Exception) -> str:
     return str(error).rpartition("of pipeline caused error: ")[2]
 
 
-def _check_url(url: str) -> None:
+def _open(url: str, client: Any, sentinels: Any, options: dict[str, Any]) -> Any:
+    """A client of one of redis-py's two kinds, which are made alike."""
     if not url.startswith(_SCHEMES):
         raise ConfigError(
             f"stream url {redact_url(url)!r} is of no known kind: use redis://, rediss://, unix:// or redis+sentinel://"
         )
+    if not url.startswith(sentinel.SCHEMES):
+        return client.from_url(url, **options)
+    parts = sentinel.SentinelUrl.parse(url, shown=redact_url(url))
+    asked = parts.sentinel_options | options | {"socket_timeout": CONNECT_TIMEOUT_S}
+    return sentinels(parts.sentinels, sentinel_kwargs=asked).master_for(parts.service, **parts.server_options | options)
 
 
 def _options(role: str, socket_timeout_s: float | None) -> dict[str, Any]:
