@@ -139,6 +139,16 @@ def start_run() -> Any:
         run.close()
 
 
+@pytest.fixture
+def server() -> Iterator[EmbeddedServer]:
+    """A real stream server of one test, which may kill it."""
+    with tempfile.TemporaryDirectory(prefix="arl-") as directory:
+        server = EmbeddedServer(directory)
+        server.ensure()
+        yield server
+        server.stop()
+
+
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     """A real stream server of the test file's own."""

@@ -2,16 +2,16 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+from proxy_kit import Agent, Inline
 from rollout_kit import Say, ScriptedGenerator
 
 from agentrl.errors import GenerationError
-from agentrl.rollout.agent_loop import Limits, Rollout, RolloutState, run_rollout
+from agentrl.rollout.agent_loop import Limits, Rollout, run_rollout
 from agentrl.rollout.chat_template import ChatTemplate
 from agentrl.rollout.proxy.agent_process import AgentCommand
 from agentrl.rollout.proxy.host import ProxyHost, proxy_host
@@ -20,7 +20,7 @@ from agentrl.rollout.reward import Scorer
 from agentrl.rollout.toolbox import Toolbox
 from agentrl.stream.codec import decode, encode
 from agentrl.testing.tiny_model import make_tiny_tokenizer
-from agentrl.types import SamplingParams, Stop, Task
+from agentrl.types import SamplingParams, Task
 
 openai = pytest.importorskip("openai")
 
@@ -38,31 +38,16 @@ TOOLS: list[Any] = [
 ]
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 3}}\n</tool_call>'
 
-Agent = Callable[[Any, Session], Awaitable[None]]
-
-
-class Inline:
-    """A host whose agent is a coroutine of the test instead of a process."""
-
-    def __init__(self, host: ProxyHost, agent: Agent) -> None:
-        self.host, self.agent = host, agent
-
-    async def play(self, state: RolloutState) -> Stop:
-        with self.host.session(state) as session:
-            variables = self.host.variables(session)
-            async with openai.AsyncOpenAI(
-                base_url=variables["OPENAI_BASE_URL"], api_key=variables["OPENAI_API_KEY"], max_retries=0
-            ) as client:
-                await self.agent(client, session)
-        if session.given is not None:
-            state.score = session.given
-        return "answered"
-
 
 async def play(
-    agent: Agent, *turns: Say | str, host: ProxyHost | None = None, script: Any = None, **limits: Any
+    agent: Agent,
+    *turns: Say | str,
+    host: ProxyHost | None = None,
+    script: Any = None,
+    generator: ScriptedGenerator | None = None,
+    **limits: Any,
 ) -> tuple[Rollout, ScriptedGenerator]:
-    generator = ScriptedGenerator(TOKENIZER, script or [t if isinstance(t, Say) else Say(t) for t in turns])
+    generator = generator or ScriptedGenerator(TOKENIZER, script or [t if isinstance(t, Say) else Say(t) for t in turns])
     async with proxy_host(host or ProxyHost(AgentCommand(argv=["true"]))) as running:
         rollout = await run_rollout(
             TASK, loop="proxy", template=ChatTemplate(TOKENIZER, tools=None), generator=generator, toolbox=Toolbox(),
@@ -218,14 +203,7 @@ async def test_parallel_conversations_in_one_session_do_not_mix() -> None:
             group.create_task(talk(client, "seven"))
             group.create_task(talk(client, "nine"))
 
-    generator = ScriptedGenerator(TOKENIZER, script)
-    async with proxy_host(ProxyHost(AgentCommand(argv=["true"]))) as host:
-        rollout = await run_rollout(
-            TASK, loop="proxy", template=ChatTemplate(TOKENIZER, tools=None), generator=generator, toolbox=Toolbox(),
-            scorer=Scorer(fn=lambda **_: 1.0), limits=Limits(), sampling=SamplingParams(max_new_tokens=64),
-            trajectory_id="t/1/0/0/0", group_id="t/1/0", ordinal=0, sample_index=0, attempt=0, env_name="e",
-            host=Inline(host, agent),
-        )  # fmt: skip
+    rollout, generator = await play(agent, script=script)
     assert len(rollout.trajectory.segments) == 2
     for segment, word in zip(rollout.trajectory.segments, ("seven", "nine"), strict=True):
         texts = TOKENIZER.decode(segment.ids[segment.mask].tolist()).split("<|im_end|>")[:3]
@@ -415,14 +393,7 @@ async def test_failures_of_the_engines_are_errors_that_the_sdk_retries_and_nothi
         return broken if not calls.append(turn) and len(calls) == 1 else Say("7")
 
     calls: list[int] = []
-    generator = ScriptedGenerator(TOKENIZER, script)
-    async with proxy_host(ProxyHost(AgentCommand(argv=["true"]))) as host:
-        rollout = await run_rollout(
-            TASK, loop="proxy", template=ChatTemplate(TOKENIZER, tools=None), generator=generator, toolbox=Toolbox(),
-            scorer=Scorer(fn=lambda **_: 1.0), limits=Limits(), sampling=SamplingParams(max_new_tokens=64),
-            trajectory_id="t/1/0/0/0", group_id="t/1/0", ordinal=0, sample_index=0, attempt=0, env_name="e",
-            host=Inline(host, agent),
-        )  # fmt: skip
+    rollout, generator = await play(agent, script=script)
     assert rollout.episode.num_turns == 1
 
 
@@ -494,13 +465,6 @@ async def test_a_stream_whose_rollout_ends_with_its_last_token_is_recorded_once(
             await listen()
 
     heard: list[str] = []
-    generator = Ending(TOKENIZER, [Say("one two three")])
-    async with proxy_host(ProxyHost(AgentCommand(argv=["true"]))) as host:
-        rollout = await run_rollout(
-            TASK, loop="proxy", template=ChatTemplate(TOKENIZER, tools=None), generator=generator, toolbox=Toolbox(),
-            scorer=Scorer(fn=lambda **_: 1.0), limits=Limits(), sampling=SamplingParams(max_new_tokens=64),
-            trajectory_id="t/1/0/0/0", group_id="t/1/0", ordinal=0, sample_index=0, attempt=0, env_name="e",
-            host=Inline(host, agent),
-        )  # fmt: skip
+    rollout, generator = await play(agent, generator=Ending(TOKENIZER, [Say("one two three")]))
     assert_exact(rollout, generator)
     assert ("".join(heard), [t.finish for t in rollout.trajectory.turns]) == ("one two three", ["abort"])

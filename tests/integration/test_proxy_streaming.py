@@ -5,13 +5,14 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from proxy_kit import Agent, Inline
 
-from agentrl.rollout.agent_loop import Limits, Rollout, RolloutState, run_rollout
+from agentrl.rollout.agent_loop import Limits, Rollout, run_rollout
 from agentrl.rollout.chat_template import ChatTemplate
 from agentrl.rollout.proxy.agent_process import AgentCommand
 from agentrl.rollout.proxy.host import ProxyHost, proxy_host
@@ -21,7 +22,7 @@ from agentrl.rollout.toolbox import Toolbox
 from agentrl.serving.server_manager import AsyncLLMServerManager
 from agentrl.testing.fake_sglang import VOCAB_SIZE, FakeSGLang, pseudo_logprob
 from agentrl.testing.tiny_model import make_tiny_tokenizer
-from agentrl.types import SamplingParams, Stop, Task
+from agentrl.types import SamplingParams, Task
 
 openai = pytest.importorskip("openai")
 
@@ -31,24 +32,6 @@ QUESTION: list[Any] = [{"role": "user", "content": "What is 3 + 4?"}]
 TOOLS: list[Any] = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
 CALL = 'I add.\n<tool_call>\n{"name": "add", "arguments": {"a": "É 🧮"}}\n</tool_call>'
 LABEL = "e1-v3"
-
-Agent = Callable[[Any, Session], Awaitable[None]]
-
-
-class Inline:
-    """A host whose agent is a coroutine of the test instead of a process."""
-
-    def __init__(self, host: ProxyHost, agent: Agent) -> None:
-        self.host, self.agent = host, agent
-
-    async def play(self, state: RolloutState) -> Stop:
-        with self.host.session(state) as session:
-            variables = self.host.variables(session)
-            async with openai.AsyncOpenAI(
-                base_url=variables["OPENAI_BASE_URL"], api_key=variables["OPENAI_API_KEY"], max_retries=0
-            ) as client:
-                await self.agent(client, session)
-        return "answered"
 
 
 def saying(*texts: str) -> Callable[[Sequence[int]], int]:

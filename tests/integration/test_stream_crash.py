@@ -7,11 +7,9 @@ import random
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -29,15 +27,6 @@ from agentrl.testing.stream_doubles import make_close, make_trajectory
 pytestmark = pytest.mark.timeout(90)
 
 KEYS = Keys("crash")
-
-
-@pytest.fixture
-def server() -> Iterator[EmbeddedServer]:
-    with tempfile.TemporaryDirectory(prefix="arl-") as directory:
-        server = EmbeddedServer(directory)
-        server.ensure()
-        yield server
-        server.stop()
 
 
 def kill(server: EmbeddedServer) -> None:

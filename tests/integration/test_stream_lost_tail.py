@@ -5,11 +5,9 @@ import asyncio
 import os
 import random
 import signal
-import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,15 +26,6 @@ from agentrl.types import Task, Trajectory
 pytestmark = pytest.mark.timeout(120)
 
 KEYS = Keys("tail")
-
-
-@pytest.fixture
-def server() -> Iterator[EmbeddedServer]:
-    with tempfile.TemporaryDirectory(prefix="arl-") as directory:
-        server = EmbeddedServer(directory)
-        server.ensure()
-        yield server
-        server.stop()
 
 
 def file_of(server: EmbeddedServer) -> Path:
