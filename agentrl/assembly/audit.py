@@ -75,6 +75,36 @@ class AuditReport:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A line of ``trained_ids.jsonl``."""
+
+    step: int
+    id: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Consumed:
+    """A line of ``ledger.jsonl``."""
+
+    step: int
+    id: str
+    outcome: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lineage:
+    """What a checkpoint says of the steps that led to it."""
+
+    checkpoint: str
+    """Its name."""
+    step: int
+    """Its last."""
+    trained: list[Trained]
+    consumed: list[Consumed]
+
+
 def audit_run(root: Path) -> AuditReport:
     """Check a run.
 
@@ -89,7 +119,8 @@ def audit_run(root: Path) -> AuditReport:
     # contains was sampled, and logged, before.
     with stream_of(root) as (client, keys):
         books = read_books(client, keys)
-    trained, decided, step = _read_checkpoint(run)
+    lineage = read_lineage(run)
+    trained, decided = lineage.trained, {entry.id: entry.outcome for entry in lineage.consumed}
     sampled = _sampled_by_id(run)
     checks = [
         _once_each(trained),
@@ -98,7 +129,7 @@ def audit_run(root: Path) -> AuditReport:
         _fresh_enough(trained, sampled, config),
         *_acknowledged(books, config, trained, decided),
     ]
-    return AuditReport(run=str(root), step=step, trained=len(trained), checks=checks)
+    return AuditReport(run=str(root), step=lineage.step, trained=len(trained), checks=checks)
 
 
 def ledger_of(root: Path) -> Ledger:
@@ -146,20 +177,28 @@ def newest_checkpoint(run: RunDir) -> Path:
     return folder
 
 
-def _read_checkpoint(run: RunDir) -> tuple[list["_Trained"], dict[str, str], int]:
-    """The newest checkpoint's lineage; read again when a newer one replaced it meanwhile."""
+def read_lineage(run: RunDir) -> Lineage:
+    """The newest checkpoint's lineage; read again when a newer one replaced it meanwhile.
+
+    Raises:
+        ConfigError: there is no checkpoint.
+        DataError: a line is not what it should be, with file and line.
+    """
     for attempt in range(5):
         checkpoint = newest_checkpoint(run)
         try:
-            trained = list(_trained(checkpoint))
-            decided = {str(e["id"]): str(e["outcome"]) for e in read_jsonl(checkpoint / "ledger.jsonl")}
-            step = int(json.loads((checkpoint / "state.json").read_text())["policy_version"])
+            lineage = Lineage(
+                checkpoint=checkpoint.name,
+                step=int(json.loads((checkpoint / "state.json").read_text())["policy_version"]),
+                trained=list(_trained(checkpoint)),
+                consumed=list(_consumed(checkpoint)),
+            )
         except FileNotFoundError:
             if attempt == 4:
                 raise
             continue
         if checkpoint.is_dir():
-            return trained, decided, step
+            return lineage
     raise DataError(f"{run.checkpoints}: checkpoints are replaced faster than they can be read. Audit when the run pauses")
 
 
@@ -167,20 +206,22 @@ def _config_of(run: RunDir) -> Config:
     return parse_config(yaml.safe_load(run.config.read_text()), place=str(run.config))
 
 
-@dataclass(frozen=True, slots=True)
-class _Trained:
-    step: int
-    id: str
-    digest: str
-
-
-def _trained(checkpoint: Path) -> Iterator[_Trained]:
+def _trained(checkpoint: Path) -> Iterator[Trained]:
     path = checkpoint / "trained_ids.jsonl"
     for number, line in enumerate(read_jsonl(path), 1):
         try:
-            yield _Trained(int(line["step"]), str(line["id"]), str(line["digest"]))
+            yield Trained(int(line["step"]), str(line["id"]), str(line["digest"]))
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path}:{number} is no trained trajectory: {error!r}") from error
+
+
+def _consumed(checkpoint: Path) -> Iterator[Consumed]:
+    path = checkpoint / "ledger.jsonl"
+    for number, line in enumerate(read_jsonl(path), 1):
+        try:
+            yield Consumed(int(line["step"]), str(line["id"]), str(line["outcome"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path}:{number} is no entry with step and outcome: {error!r}") from error
 
 
 def _sampled_by_id(run: RunDir) -> Mapping[str, list[Trajectory]]:
@@ -191,14 +232,14 @@ def _sampled_by_id(run: RunDir) -> Mapping[str, list[Trajectory]]:
     return found
 
 
-def _once_each(trained: Iterable[_Trained]) -> Check:
+def _once_each(trained: Iterable[Trained]) -> Check:
     check = Check("each trained id exactly once in the checkpoint's lineage (I3)")
     for name, count in Counter(t.id for t in trained).items():
         check.expect(count == 1, f"{name} was trained {count} times")
     return check
 
 
-def _as_sampled(trained: Iterable[_Trained], sampled: Mapping[str, list[Trajectory]]) -> Check:
+def _as_sampled(trained: Iterable[Trained], sampled: Mapping[str, list[Trajectory]]) -> Check:
     check = Check("trained ids, mask, logprobs and versions equal the sampled ones (I1)")
     for entry in trained:
         candidates = sampled.get(original_id(entry.id), [])
@@ -232,7 +273,7 @@ def _misaligned(t: Trajectory) -> str:
     return ""
 
 
-def _fresh_enough(trained: Iterable[_Trained], sampled: Mapping[str, list[Trajectory]], config: Config) -> Check:
+def _fresh_enough(trained: Iterable[Trained], sampled: Mapping[str, list[Trajectory]], config: Config) -> Check:
     check = Check(f"staleness at consumption within learn.max_staleness={config.learn.max_staleness} (I4)")
     if config.learn.on_stale not in ("drop", "requeue"):
         return check
@@ -248,7 +289,7 @@ def _fresh_enough(trained: Iterable[_Trained], sampled: Mapping[str, list[Trajec
     return check
 
 
-def _acknowledged(books: Books, config: Config, trained: list[_Trained], decided: Mapping[str, str]) -> list[Check]:
+def _acknowledged(books: Books, config: Config, trained: list[Trained], decided: Mapping[str, str]) -> list[Check]:
     """What left the stream is in the checkpoint, and what is in neither was never put."""
     book, on_stream = books.ledger, set(books.on_stream)
     closes = Check("the ledger's sums close (I7)")

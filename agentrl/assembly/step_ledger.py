@@ -5,9 +5,9 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from agentrl.assembly.audit import newest_checkpoint
-from agentrl.errors import ConfigError, DataError
-from agentrl.telemetry.run_dir import RunDir, read_jsonl
+from agentrl.assembly.audit import read_lineage
+from agentrl.errors import ConfigError
+from agentrl.telemetry.run_dir import RunDir
 
 COUNTED = ("trained", "filtered", "stale", "failed")
 """Outcomes that the metrics count."""
@@ -70,29 +70,19 @@ def step_ledger(root: Path, step: int) -> StepLedger:
         DataError: a line is not what it should be, with file and line.
     """
     run = RunDir.open(root)
-    checkpoint = newest_checkpoint(run)
-    newest = int(json.loads((checkpoint / "state.json").read_text())["policy_version"])
-    if not 1 <= step <= newest:
-        raise ConfigError(f"step {step} is in no checkpoint of {root}: the newest, {checkpoint.name}, holds steps 1 to {newest}")
+    lineage = read_lineage(run)
+    if not 1 <= step <= lineage.step:
+        raise ConfigError(
+            f"step {step} is in no checkpoint of {root}: the newest, {lineage.checkpoint}, holds steps 1 to {lineage.step}"
+        )
     measured: dict[str, int] = {}
     for line in run.read_metrics():
         if line.get("step") == step and f"agentrl/trajectories/{COUNTED[0]}" in line:  # the last one: a step may be repeated
             measured = {outcome: int(line.get(f"agentrl/trajectories/{outcome}", 0)) for outcome in COUNTED}
     return StepLedger(
         step=step,
-        checkpoint=checkpoint.name,
-        outcomes=dict(Counter(_of_step(checkpoint / "ledger.jsonl", step, "outcome"))),
-        trained_ids=tuple(_of_step(checkpoint / "trained_ids.jsonl", step, "id")),
+        checkpoint=lineage.checkpoint,
+        outcomes=dict(Counter(entry.outcome for entry in lineage.consumed if entry.step == step)),
+        trained_ids=tuple(entry.id for entry in lineage.trained if entry.step == step),
         measured=measured,
     )
-
-
-def _of_step(path: Path, step: int, field: str) -> list[str]:
-    found: list[str] = []
-    for number, line in enumerate(read_jsonl(path), 1):
-        try:
-            if int(line["step"]) == step:
-                found.append(str(line[field]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path}:{number} is no entry with step and {field}: {error!r}") from error
-    return found
