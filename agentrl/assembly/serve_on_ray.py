@@ -29,6 +29,7 @@ from agentrl.config import Config
 from agentrl.errors import ConfigError
 from agentrl.serving.engine_process import EmbeddedEngineSpec, EngineFleet, ProcessEntry, SGLangEngineSpec
 from agentrl.serving.server_manager import AsyncLLMServerManager
+from agentrl.supervise import running
 from agentrl.telemetry.logs import setup_logging
 from agentrl.telemetry.run_dir import RunDir
 
@@ -36,6 +37,8 @@ log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 0.5
 AGAIN_AFTER_S = 2.0
+STOP_S = 15.0
+"""For an engine to end, before its actor is killed around it."""
 OwnEngineSpec: TypeAlias = EmbeddedEngineSpec | SGLangEngineSpec
 SPECS: Mapping[str, type[OwnEngineSpec]] = {"embedded": EmbeddedEngineSpec, "sglang": SGLangEngineSpec}
 
@@ -78,13 +81,9 @@ class RayWorkers:
 
     async def run(self) -> None:
         """Keep every worker playing until cancelled."""
-        try:
-            async with asyncio.TaskGroup() as group:
-                for order in self._orders:
-                    group.create_task(self._keep(order), name=order.name)
-        finally:
-            for actor in self._actors.values():
-                self._ray.kill(actor)
+        async with asyncio.TaskGroup() as group:
+            for order in self._orders:
+                group.create_task(self._keep(order), name=order.name)
 
     async def drain(self, *, limit_s: float) -> None:
         """Tell every worker to finish what it has open, and wait for them."""
@@ -115,6 +114,7 @@ class RayWorkers:
                     await asyncio.sleep(AGAIN_AFTER_S)
             finally:
                 self._actors.pop(order.name, None)
+                self._ray.kill(actor)
         self._ended[order.name].set()
         await asyncio.Event().wait()
 
@@ -124,9 +124,7 @@ class WorkerActor:
 
     def __init__(self, surroundings: Mapping[str, Any]) -> None:
         _settle(surroundings)
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._stop: asyncio.Event | None = None
-        self._is_ready = threading.Event()
+        self._stop = _StopFromThread()
 
     def play(self, order: str) -> None:
         from agentrl.assembly.serve_worker import play
@@ -135,18 +133,17 @@ class WorkerActor:
         setup_logging(decoded.name, str(decoded.config["log"]["level"]))
 
         async def until_stopped() -> None:
-            self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-            self._is_ready.set()
-            RunDir(decoded.root).register(decoded.name)
-            await play(decoded, stop=self._stop)
+            await play(decoded, stop=self._stop.of_this_loop())
 
-        asyncio.run(until_stopped())
+        directory = RunDir(decoded.root)
+        directory.register(decoded.name)
+        try:
+            asyncio.run(until_stopped())
+        finally:
+            directory.deregister(decoded.name)  # the actor's process outlives its work, by as long as Ray takes to end it
 
     def stop(self) -> None:
-        self._is_ready.wait()
-        assert self._loop is not None
-        assert self._stop is not None
-        self._loop.call_soon_threadsafe(self._stop.set)
+        self._stop.set()
 
 
 class RayEngines:
@@ -241,8 +238,16 @@ class RayEngines:
                 await asyncio.sleep(LOOK_EVERY_S)
         finally:
             self._forget(known)
+            await self._end(actor)
             self._note(index, None)
-            # The launcher of the engine watches the actor's process: killing one ends the other.
+
+    async def _end(self, actor: Any) -> None:
+        """Its engine first: killing the actor ends that too, since its launcher watches the actor, but only some moments later."""
+        try:
+            with contextlib.suppress(TimeoutError, self._ray.exceptions.RayError):
+                async with asyncio.timeout(STOP_S):
+                    await actor.stop.remote()
+        finally:
             self._ray.kill(actor)
 
     def _forget(self, known: tuple[str, int] | None) -> None:
@@ -303,13 +308,19 @@ class EngineActor:
             first_index=index,
         )
         self._error = ""
-        threading.Thread(target=self._run, name="engine", daemon=True).start()
+        self._stop = _StopFromThread()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
 
     def _run(self) -> None:
         try:
-            asyncio.run(self._fleet.run())
+            asyncio.run(self._until_stopped())
         except BaseException as error:  # noqa: BLE001 - told to the caller of the next report
             self._error = last_line(error)
+
+    async def _until_stopped(self) -> None:
+        async with running(engine=self._fleet.run()):
+            await self._stop.of_this_loop().wait()
 
     def report(self) -> str:
         """Where it answers: ``url`` (empty while it does not), ``incarnation``, ``host``, ``processes``."""
@@ -323,6 +334,31 @@ class EngineActor:
                 "processes": self._fleet.processes(),
             }
         )
+
+    def stop(self) -> None:
+        """End the engine, and return when it has ended."""
+        self._stop.set()
+        self._thread.join()
+
+
+class _StopFromThread:
+    """An event of a loop that runs in another thread, or will."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._event = asyncio.Event()
+        self._has_loop = threading.Event()
+
+    def of_this_loop(self) -> asyncio.Event:
+        self._loop = asyncio.get_running_loop()
+        self._has_loop.set()
+        return self._event
+
+    def set(self) -> None:
+        self._has_loop.wait()
+        assert self._loop is not None
+        with contextlib.suppress(RuntimeError):  # the loop has ended by itself
+            self._loop.call_soon_threadsafe(self._event.set)
 
 
 def _surroundings() -> dict[str, Any]:

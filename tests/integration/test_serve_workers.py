@@ -18,7 +18,7 @@ from agentrl.serving.weight_reconciler import WeightReconciler
 from agentrl.stream.fleet_board import FleetBoard
 from agentrl.stream.keys import Keys
 from agentrl.supervise import running
-from agentrl.telemetry.run_dir import read_jsonl
+from agentrl.telemetry.run_dir import is_alive, read_jsonl
 from agentrl.testing.fake_sglang import FakeSGLang
 from agentrl.types import PolicyRecord, SamplingParams
 from agentrl.weights.digest import weights_digest
@@ -129,10 +129,14 @@ def test_engines_and_workers_are_placed_on_a_ray_cluster_of_two_nodes(
         cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
         ray = {"launcher": "ray", "ray_address": cluster.address, "workers": 2, "replicas": 2}
         run = start_run(quickstart_config(serve={**SMALL, **ray}, learn={**STEPS, "steps": 3}))
+        roles = ["engine-0", "engine-1", "serve-0", "serve-1"]
+        run.wait_for(lambda: None not in map(run.pid_of, roles), seconds=120, name="two engines and two workers")
+        engines = [entry for entry in run.directory.processes() if entry["role"].startswith("engine-")]
         assert run.finish(seconds=300) == 0, run.logs()
         report = audit_run(run.directory.root)
         assert report.clean, report.text()
         assert report.step == 3
         assert run.directory.processes() == []
+        assert not any(map(is_alive, engines))
     finally:
         cluster.shutdown()
