@@ -130,7 +130,7 @@ def run(config: Config, arguments: Sequence[str], *, tick: Callable[[RunDir], No
     check_learning(config)
     directory = run_dir_of(config).create()
     refuse_if_active(directory, ("run", "serve", "learn"))
-    directory.config.write_text(dump_config(config))
+    directory.write_config(dump_config(config))
     directory.register("run")
     directory.event("run_started", arguments=list(arguments))
     server = start_stream_server(config, directory)
