@@ -276,7 +276,12 @@ def test_the_watchdogs_printed_the_same_lines_by_themselves(running: Running) ->
         )[0]
         assert "→" in line, "the cure is on the same line"
     running.mode("tool", "")
-    until(lambda: "moves again: tool:add" in running.serve.text(), seconds=PATIENCE_S, name="end of the stall", show=running.serve.text)
+    until(
+        lambda: "moves again: tool:add" in running.serve.text(),
+        seconds=PATIENCE_S,
+        name="end of the stall",
+        show=running.serve.text,
+    )
 
 
 def doctor(running: Running, *arguments: str) -> subprocess.CompletedProcess[str]:
