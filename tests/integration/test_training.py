@@ -1,7 +1,5 @@
 """The whole path with real parts: engines, stream, learner, weights back; then with kills."""
 
-import os
-import signal
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +13,7 @@ from agentrl.assembly.step_ledger import step_ledger
 from agentrl.telemetry.run_dir import read_json, read_jsonl
 from agentrl.telemetry.trajectory_log import read_records
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def test_a_policy_trained_end_to_end_earns_more_and_every_trajectory_is_token_exact(
@@ -23,7 +21,7 @@ def test_a_policy_trained_end_to_end_earns_more_and_every_trajectory_is_token_ex
 ) -> None:
     steps = 10
     run = start_run(quickstart_config(learn={"steps": steps, "save_every": 5}))
-    assert run.finish(seconds=300) == 0, run.logs()
+    assert run.finish(seconds=600) == 0, run.logs()
 
     metrics = run.directory.read_metrics()
     assert [m["step"] for m in metrics] == list(range(1, steps + 1))
@@ -49,7 +47,10 @@ def test_a_policy_trained_end_to_end_earns_more_and_every_trajectory_is_token_ex
         assert (versions[mask == 0] == -1).all()
         assert (logprobs[mask == 0] == 0).all()
         assert (np.diff(versions[mask == 1]) >= 0).all(), "weights only move forward within a trajectory"
-    assert {v for r in records for v in r["segments"][0]["versions"]} >= {0, 1, 2, 3}
+    # Which versions were sampled is a matter of pace, but within the staleness of 2 no more than two in a row are left out.
+    versions = {v for r in records for v in r["segments"][0]["versions"] if v >= 0}
+    assert 0 in versions
+    assert all(versions & {v, v + 1, v + 2} for v in range(1, steps - 2)), versions
 
     report = audit_run(run.directory.root)
     assert report.clean, report.text()
@@ -69,11 +70,10 @@ def test_killed_learner_engine_and_serve_neither_lose_nor_repeat_a_trajectory(
     run = start_run(quickstart_config(learn={"steps": steps, "save_every": 3}))
     killed: list[str] = []
     for at, role in ((2, "engine-0"), (4, "learn"), (7, "serve")):
-        run.wait_for(lambda at=at: run.step() >= at, seconds=120, name=f"step {at}")
-        run.wait_for(lambda role=role: run.pid_of(role) is not None, seconds=60, name=f"live {role}")
-        os.kill(run.pid_of(role), signal.SIGKILL)
+        run.wait_for(lambda at=at: run.step() >= at, seconds=240, name=f"step {at}")
+        run.kill(role)
         killed.append(role)
-    assert run.finish(seconds=300) == 0, run.logs()
+    assert run.finish(seconds=600) == 0, run.logs()
     assert killed == ["engine-0", "learn", "serve"]
 
     events = Counter((e["event"], e.get("role")) for e in read_jsonl(run.directory.events))
