@@ -26,7 +26,7 @@ from agentrl.stream.server import EmbeddedServer, connect, connect_async, ensure
 from agentrl.telemetry.run_dir import RunDir  # noqa: E402
 from agentrl.types import TrajectoryGroup  # noqa: E402
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(1500)
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_a_killed_rank_comes_back_with_the_others_nothing_is_trained_twice_and_s
         "queue": {"url": url}, "env": "envs.arithmetic:Arithmetic",
         "learn": {
             "launcher": "ray", "ranks": 2, "max_failures": 1, "steps": 100, "groups": 2, "save_every": 2, "max_staleness": 100,
-            "lr": 1.0e-3, "rank_timeout_s": 120, "stall_timeout_s": 120,
+            "lr": 1.0e-3, "rank_timeout_s": 600, "stall_timeout_s": 600,
         },
     }))  # fmt: skip
     directory = RunDir(tmp_path / "runs" / "test")
@@ -74,7 +74,7 @@ def test_a_killed_rank_comes_back_with_the_others_nothing_is_trained_twice_and_s
         return (tmp_path / "learn.out").read_text(errors="replace")[-6000:]
 
     def wait_for(what: Callable[[], bool], name: str) -> None:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 400
         while not what():
             assert process.poll() is None, f"ended with {process.returncode} before {name}:\n{said()}"
             assert time.monotonic() < end, f"no {name}:\n{said()}"
@@ -88,11 +88,11 @@ def test_a_killed_rank_comes_back_with_the_others_nothing_is_trained_twice_and_s
         put(url, groups[6:])
         wait_for(lambda: len(directory.read_metrics()) >= 7, "step 7")  # behind the checkpoint of step 6
         process.terminate()
-        assert process.wait(150) == 0, said()
+        assert process.wait(400) == 0, said()
     finally:
         if process.poll() is None:
             process.terminate()
-            process.wait(60)
+            process.wait(200)
         output.close()
 
     events = [e["event"] for e in read_jsonl(directory.events)]
@@ -116,7 +116,7 @@ def test_without_ray_the_launcher_says_what_to_install(tmp_path: Path) -> None:
     (tmp_path / "ray.py").write_text("raise ImportError('no ray here')\n")
     done = subprocess.run(
         [sys.executable, "-m", "agentrl", "learn", "-c", str(config)], cwd=tmp_path, capture_output=True, text=True, check=False,
-        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}, timeout=100,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}, timeout=300,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert "learn.launcher=ray needs Ray, which is not installed here, or not all of it" in done.stderr
