@@ -2,9 +2,11 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -64,10 +66,14 @@ def test_a_killed_rank_comes_back_with_the_others_nothing_is_trained_twice_and_s
     }))  # fmt: skip
     directory = RunDir(tmp_path / "runs" / "test")
     put(url, groups[:6])
+    # Somebody else's cluster was started on this machine, as two tests do side by side: it is not joined. A socket's path is short.
+    ray_dir = Path(tempfile.mkdtemp(prefix="arl-"))
+    (ray_dir / "ray").mkdir()
+    (ray_dir / "ray/ray_current_cluster").write_text("127.0.0.1:1")
     output = (tmp_path / "learn.out").open("wb")
     process = subprocess.Popen(
         [sys.executable, "-m", "agentrl", "learn", "-c", str(config)], cwd=ROOT, stdout=output, stderr=output,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_TMPDIR": str(ray_dir)},
     )  # fmt: skip
 
     def said() -> str:
@@ -94,6 +100,7 @@ def test_a_killed_rank_comes_back_with_the_others_nothing_is_trained_twice_and_s
             process.terminate()
             process.wait(200)
         output.close()
+        shutil.rmtree(ray_dir, ignore_errors=True)
 
     events = [e["event"] for e in read_jsonl(directory.events)]
     assert events.count("learn_ranks_started") == 2, said()
