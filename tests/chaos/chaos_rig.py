@@ -143,7 +143,7 @@ class Process:
             os.kill(self.pid, signal.SIGCONT)  # one that a test halted must hear the next signal
             self.process.terminate()
             try:
-                self.process.wait(60)
+                self.process.wait(200)
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()

@@ -135,7 +135,7 @@ class RunProcess:
         if self.process.poll() is None:
             self.process.terminate()
             try:
-                self.process.wait(60)
+                self.process.wait(200)
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()

@@ -22,7 +22,7 @@ from agentrl.testing.fake_sglang import FakeSGLang
 from agentrl.types import PolicyRecord, SamplingParams
 from agentrl.weights.digest import weights_digest
 
-pytestmark = pytest.mark.timeout(420)
+pytestmark = pytest.mark.timeout(1500)  # the first test to come also makes the model
 
 KEYS = Keys("fleet")
 SMALL = {"n": 4, "in_flight": 32}
