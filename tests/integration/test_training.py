@@ -19,13 +19,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 def test_a_policy_trained_end_to_end_earns_more_and_every_trajectory_is_token_exact(
     quickstart_config: Callable[..., Path], start_run: Any
 ) -> None:
-    steps = 10
-    run = start_run(quickstart_config(learn={"steps": steps, "save_every": 5}))
+    steps = 12
+    run = start_run(quickstart_config(learn={"steps": steps, "save_every": 6}))
     assert run.finish(seconds=600) == 0, run.logs()
 
     metrics = run.directory.read_metrics()
     assert [m["step"] for m in metrics] == list(range(1, steps + 1))
     rewards = [m["reward/mean"] for m in metrics]
+    # About 0.35 more; a step's mean of 128 rollouts is known to 0.04, and which tasks it holds is a matter of pace.
     assert np.mean(rewards[-3:]) > np.mean(rewards[:2]) + 0.15, rewards
     # The first batch was sampled by version 0 and trained at version 0: the ratio is one (I9).
     assert metrics[0]["training/off_policy/trajectory_staleness/max"] == 0
