@@ -2,12 +2,14 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+
+from agentrl.process import ReservedPort
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 250.0
@@ -52,10 +54,8 @@ def start(rank: int, port: int, *, behaviour: str, timeout_s: float) -> subproce
 def test_a_rank_whose_sibling_is_gone_says_so_with_the_limit_and_what_to_do(
     behaviour: str, timeout_s: float, code: int | None
 ) -> None:
-    with socket.socket() as reserved:  # bound and not listening: rank 0 may listen there, and nobody else is given the port
-        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        reserved.bind(("127.0.0.1", 0))
-        check_what_rank_0_says(reserved.getsockname()[1], behaviour, timeout_s, code)
+    with closing(ReservedPort("127.0.0.1")) as port:
+        check_what_rank_0_says(port.number, behaviour, timeout_s, code)
 
 
 def check_what_rank_0_says(port: int, behaviour: str, timeout_s: float, code: int | None) -> None:

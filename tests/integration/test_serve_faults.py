@@ -20,6 +20,7 @@ from rollout_kit import MemoryStream
 from agentrl import supervise
 from agentrl.errors import RolloutError
 from agentrl.plugins import tool
+from agentrl.process import ReservedPort
 from agentrl.protocols import ToolContext
 from agentrl.rollout.agent_loop import Limits, Rollout, run_rollout
 from agentrl.rollout.chat_template import ChatTemplate
@@ -346,9 +347,8 @@ def interpreter(url: str, *, timeout_s: float, **config: Any) -> Toolbox:
 
 
 async def test_without_a_sandbox_rollouts_fail_as_infrastructure_and_nothing_is_scored() -> None:
-    with socket.socket() as taken:  # bound and not listening: whoever connects is refused, and nobody else gets the port
-        taken.bind(("127.0.0.1", 0))
-        tools = interpreter(f"http://127.0.0.1:{taken.getsockname()[1]}", timeout_s=PLENTY_S)
+    with contextlib.closing(ReservedPort("127.0.0.1")) as nobody:
+        tools = interpreter(f"http://127.0.0.1:{nobody.number}", timeout_s=PLENTY_S)
         async with (
             FakeSGLang(label=LABEL, sampler=Policy("code_interpreter", code="print(7)")) as server,
             AsyncLLMServerManager() as manager,
