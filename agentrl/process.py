@@ -48,6 +48,27 @@ def free_port(host: str) -> int:
         return int(probe.getsockname()[1])
 
 
+class ReservedPort:
+    """A TCP port for a server that starts later: until ``close`` the system gives it to nobody who asks for any free one.
+
+    A server that takes seconds to start would otherwise find it taken, or worse: what answers there meanwhile is somebody else's.
+    It is bound and not listened on, which on Linux leaves room for a server with ``SO_REUSEADDR``, as servers set it. Elsewhere that
+    server would be refused, so there the port was merely free a moment ago.
+    """
+
+    def __init__(self, host: str) -> None:
+        self._socket = socket.socket()
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._socket.bind((host, 0))
+        self.number = int(self._socket.getsockname()[1])
+        if sys.platform != "linux":
+            self._socket.close()
+
+    def close(self) -> None:
+        """Give it up; safe to call twice."""
+        self._socket.close()
+
+
 def end_process(code: int) -> NoReturn:
     """End this process with this exit code: exit handlers run, output is flushed, but the interpreter is not taken apart.
 

@@ -72,7 +72,7 @@ def main(config: Config, arguments: Sequence[str]) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
         refuse_if_active(directory, ("learn",))
         if not directory.config.is_file():
-            directory.config.write_text(dump_config(config))
+            directory.write_config(dump_config(config))
         directory.register("learn")
     try:
         if on_ray:

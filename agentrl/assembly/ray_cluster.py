@@ -24,7 +24,7 @@ def joined_ray(launcher: str, *, address: str | None, num_cpus: int, modules: Se
 
     Args:
         launcher: the setting that asks for Ray, for errors (``serve.launcher``).
-        address: of the cluster; None takes ``RAY_ADDRESS``, and without that starts a Ray on this machine.
+        address: of the cluster; None takes ``RAY_ADDRESS``, and without that starts a Ray of its own on this machine.
         num_cpus: that such a Ray offers at least.
         modules: parts of Ray that are wanted besides its core.
 
@@ -36,9 +36,10 @@ def joined_ray(launcher: str, *, address: str | None, num_cpus: int, modules: Se
         yield ray
         return
     address = address or os.environ.get("RAY_ADDRESS")
-    own = {"num_cpus": max(os.cpu_count() or 1, num_cpus), "object_store_memory": OBJECT_STORE_BYTES}
+    # Without "local" Ray would join whichever cluster was last started on this machine, by whomever.
+    own = {"address": "local", "num_cpus": max(os.cpu_count() or 1, num_cpus), "object_store_memory": OBJECT_STORE_BYTES}
     try:
-        ray.init(address=address, include_dashboard=False, logging_level=logging.WARNING, **({} if address else own))
+        ray.init(include_dashboard=False, logging_level=logging.WARNING, **({"address": address} if address else own))
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ConfigError(f"{launcher}=ray: no Ray at {address or 'this machine'}: {error}") from error
     try:

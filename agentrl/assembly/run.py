@@ -32,7 +32,7 @@ from agentrl.assembly.stalls import DISK_LOW_BYTES, free_bytes
 from agentrl.assembly.watchdog import Watchdog
 from agentrl.config import Config, dump_config
 from agentrl.errors import AgentRLError, ConfigError
-from agentrl.process import die_with_parent, free_port
+from agentrl.process import ReservedPort, die_with_parent
 from agentrl.stream.server import EmbeddedServer
 from agentrl.telemetry.run_dir import RunDir
 
@@ -71,6 +71,8 @@ class Child:
     command: list[str]
     env: dict[str, str]
     log_path: Path
+    reserved: ReservedPort | None = None
+    """Where it listens, now and after every restart."""
     process: subprocess.Popen[bytes] | None = None
     starts: list[float] = field(default_factory=list[float])
 
@@ -130,7 +132,7 @@ def run(config: Config, arguments: Sequence[str], *, tick: Callable[[RunDir], No
     check_learning(config)
     directory = run_dir_of(config).create()
     refuse_if_active(directory, ("run", "serve", "learn"))
-    directory.config.write_text(dump_config(config))
+    directory.write_config(dump_config(config))
     directory.register("run")
     directory.event("run_started", arguments=list(arguments))
     server = start_stream_server(config, directory)
@@ -189,13 +191,13 @@ def _child(directory: RunDir, config: Config, role: str, arguments: Sequence[str
     env = {**os.environ, "TOKENIZERS_PARALLELISM": "false", SUPERVISED_VARIABLE: "1"}
     env["OMP_NUM_THREADS"] = str(config.learn.threads if role == "learn" else 1)
     command = [sys.executable, "-m", "agentrl"]
+    reserved = None
     if role == "sandbox":
-        command += sandbox_arguments(
-            config, directory, port=free_port("127.0.0.1")
-        )  # kept across restarts: tools hold the address
+        reserved = ReservedPort("127.0.0.1")  # kept across restarts: tools hold the address
+        command += sandbox_arguments(config, directory, port=reserved.number)
     else:
         command += [role, *arguments]
-    return Child(role, command, env, directory.logs / f"{role}.log")
+    return Child(role, command, env, directory.logs / f"{role}.log", reserved)
 
 
 def _supervise(

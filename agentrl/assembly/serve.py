@@ -63,7 +63,7 @@ def main(config: Config) -> None:
     refuse_if_active(directory, ("serve",))
     share_sandbox_token(config, directory)
     if not directory.config.is_file():
-        directory.config.write_text(dump_config(config))
+        directory.write_config(dump_config(config))
     try:
         uvloop.run(serve(config, directory))
     finally:

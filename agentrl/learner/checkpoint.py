@@ -13,6 +13,7 @@ whoever acknowledges by the checkpoint asks `Checkpoints.is_durable` first.
 """
 
 import base64
+import contextlib
 import json
 import logging
 import os
@@ -367,7 +368,12 @@ class Checkpoints:
         kept = {newest, best, *steps[-self._keep :]}
         for old in steps:
             if old not in kept:
-                shutil.rmtree(old, ignore_errors=True)
+                # Out of sight first: whoever reads it meanwhile finds that it is gone, not that it is half there.
+                hidden = self.directory / f".{old.name}.old.tmp"
+                shutil.rmtree(hidden, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    old.rename(hidden)
+                shutil.rmtree(hidden, ignore_errors=True)
 
     def _newest_complete(self) -> Path | None:
         link = self.directory / LATEST

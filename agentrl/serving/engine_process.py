@@ -26,7 +26,7 @@ import aiohttp
 import psutil
 
 from agentrl.errors import StalledError
-from agentrl.process import free_port, start_time
+from agentrl.process import ReservedPort, start_time
 from agentrl.serving.server_manager import AsyncLLMServerManager
 from agentrl.serving.sglang_client import SGLangClient
 
@@ -158,6 +158,7 @@ class _Engine:
     spec: EngineSpec
     log_path: Path
     port: int = 0
+    reserved: ReservedPort | None = None
     process: asyncio.subprocess.Process | None = None
     started: float | None = None
     deaths: deque[float] = field(default_factory=deque[float])
@@ -257,6 +258,8 @@ class EngineFleet:
         finally:
             await self._stop(engine)
             self._forget(engine)
+            if engine.reserved is not None:
+                engine.reserved.close()
 
     async def _serve_until_death(self, engine: _Engine, session: aiohttp.ClientSession) -> str:
         """Returns how it ended."""
@@ -309,10 +312,13 @@ class EngineFleet:
         return wait_s
 
     async def _start(self, engine: _Engine) -> None:
-        port = engine.port if engine.port and _is_free(self._host, engine.port) else free_port(self._host)
-        if engine.port not in (0, port):
-            self._forget(engine)
-        engine.port = port
+        if engine.reserved is None or not _is_free(self._host, engine.port):
+            if engine.reserved is not None:
+                self._forget(engine)
+                engine.reserved.close()
+            engine.reserved = ReservedPort(self._host)
+            engine.port = engine.reserved.number
+        port = engine.port
         command = engine.spec.command(self._host, port)
         env = {**os.environ, **engine.spec.environment()}
         if self._omp_threads is not None:

@@ -116,6 +116,10 @@ class RunDir:
             ]
             write_json(self.processes_file, kept + [_with_start_time(dict(entry)) for entry in add])
 
+    def write_config(self, text: str) -> None:
+        """Record the resolved config. The file makes the folder a run, so others read it as soon as it is there: whole, or not yet."""
+        _replace(self.config, text)
+
     def url_of(self, role: str) -> str | None:
         """The url of a live process, or None."""
         return next((e["url"] for e in self.processes() if e["role"] == role and e["url"]), None)
@@ -210,8 +214,13 @@ def is_alive(entry: Mapping[str, Any]) -> bool:
 def write_json(path: Path, value: Any) -> None:
     """Replace a file's content whole: readers see the old or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1, default=str) + "\n")
+    _replace(path, json.dumps(value, indent=1, default=str) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    # Two threads of one process may replace the same file: with one name, the second to finish would find nothing to rename.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    temporary.write_text(text)
     temporary.replace(path)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -139,10 +140,10 @@ class Process:
     def close(self) -> None:
         """End it by pid, asking first."""
         if self.process.poll() is None:
-            os.kill(self.pid, 18)  # SIGCONT: one that a test halted must hear the next signal
+            os.kill(self.pid, signal.SIGCONT)  # one that a test halted must hear the next signal
             self.process.terminate()
             try:
-                self.process.wait(60)
+                self.process.wait(200)
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
@@ -183,6 +184,15 @@ def survivors(folder: Path) -> list[str]:
 def agentrl(*arguments: str, folder: Path, name: str) -> Process:
     """An ``agentrl`` command."""
     return Process(["-m", "agentrl", *arguments], folder, name=name)
+
+
+def kill(pid: int | None, number: int = signal.SIGKILL) -> int | None:
+    """The pid that got the signal; None where there was none, or it was gone since it was looked up."""
+    if pid is not None:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+            return pid
+    return None
 
 
 def until(what: Callable[[], Any], *, seconds: float, name: str, show: Callable[[], str] = str) -> Any:

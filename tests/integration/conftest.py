@@ -1,9 +1,11 @@
 """The cold-started quickstart model, made once per checkout: about a minute and a half of real supervised training."""
 
+import contextlib
 import fcntl
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -102,6 +104,20 @@ class RunProcess:
     def pid_of(self, role: str) -> int | None:
         return next((int(e["pid"]) for e in self.directory.processes() if e["role"] == role), None)
 
+    def kill(self, role: str) -> int:
+        """SIGKILL to a part once it lives; returns the pid it had."""
+        killed: list[int] = []
+
+        def is_killed() -> bool:
+            if (pid := self.pid_of(role)) is not None:
+                with contextlib.suppress(ProcessLookupError):  # gone since it was looked up: its successor, then
+                    os.kill(pid, signal.SIGKILL)
+                    killed.append(pid)
+            return bool(killed)
+
+        self.wait_for(is_killed, seconds=240, name=f"live {role}")
+        return killed[0]
+
     def finish(self, *, seconds: float) -> int:
         try:
             return self.process.wait(seconds)
@@ -119,7 +135,7 @@ class RunProcess:
         if self.process.poll() is None:
             self.process.terminate()
             try:
-                self.process.wait(60)
+                self.process.wait(200)
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()

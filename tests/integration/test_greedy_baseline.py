@@ -51,7 +51,7 @@ async def test_serve_plays_one_greedy_rollout_per_group_and_the_learner_takes_it
         rollout=rollout_function(*parts), baseline=greedy_rollout_function(*parts), group_size=config.serve.n,  # pyright: ignore[reportArgumentType]
         groups_per_step=2, max_staleness=2, pipeline_depth=1, in_flight=4, last_ordinal=2,
     )  # fmt: skip
-    await asyncio.wait_for(worker.run(), 60)
+    await asyncio.wait_for(worker.run(), 240)
     await toolbox.aclose()
 
     temperatures = {i: {s.temperature for t, _, s in generator.requests if t == i} for i, _, _ in generator.requests}

@@ -15,6 +15,8 @@ sys.path.insert(0, str(RIG))
 
 from learner_rig import tiny_dir  # noqa: E402
 
+pytestmark = pytest.mark.timeout(1200)
+
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": f"{ROOT}{os.pathsep}{RIG}",
     "OMP_NUM_THREADS": "1",
@@ -44,7 +46,7 @@ def on_stage(name):
     seen += name == stage
     if name == stage and seen == int(nth):
         os.kill(os.getpid(), signal.SIGKILL)
-team = start_team(device="cpu", timeout_s=60)
+team = start_team(device="cpu", timeout_s=600)
 def on_step(metrics):
     with open(Path(run_dir) / "metrics.jsonl", "a") as f:
         f.write(json.dumps(metrics) + "\\n")
@@ -61,7 +63,7 @@ learner = make_learner(Path(model_dir), team, lr=1e-3, micro_batch_tokens=100 if
 run_learning(
     source, BatchBuilder(groups_per_step=2, max_staleness=100), learner,
     Checkpoints(Path(run_dir) / "checkpoints", on_stage=on_stage), WeightPublisher(Path(run_dir) / "weights"),
-    lambda record, consumed: None, num_steps=int(num_steps), save_every=2, on_step=on_step, stall_timeout_s=20,
+    lambda record, consumed: None, num_steps=int(num_steps), save_every=2, on_step=on_step, stall_timeout_s=300,
     async_save=mode == "async",
 )
 stop_team()
@@ -92,7 +94,7 @@ def learn(
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command = [*launcher, str(script), str(model_dir), str(run_dir), str(num_steps), stage, str(nth)]
     command.append(mode)
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=110, check=False)
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, check=False)
 
 
 def metrics_by_step(run_dir: Path) -> dict[int, dict[str, float]]:

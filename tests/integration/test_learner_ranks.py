@@ -4,13 +4,17 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from agentrl.process import free_port
+from agentrl.process import ReservedPort
 
 ROOT = Path(__file__).parents[2]
+PATIENCE_S = 250.0
+
+pytestmark = pytest.mark.timeout(600)
 
 RANK = """
 import os, signal, sys, time
@@ -18,6 +22,8 @@ from agentrl.errors import RankLost
 from agentrl.learner.distributed import start_team, stop_team
 from agentrl.learner.lost_ranks import explaining_lost_ranks
 
+print("ready", flush=True)
+sys.stdin.readline()
 team = start_team(device="cpu", timeout_s=float(sys.argv[2]))
 assert team.broadcast_json({"do": "idle"} if team.is_main else None) == {"do": "idle"}
 if team.rank == 1:
@@ -48,15 +54,26 @@ def start(rank: int, port: int, *, behaviour: str, timeout_s: float) -> subproce
 def test_a_rank_whose_sibling_is_gone_says_so_with_the_limit_and_what_to_do(
     behaviour: str, timeout_s: float, code: int | None
 ) -> None:
-    port = free_port("127.0.0.1")
+    with closing(ReservedPort("127.0.0.1")) as port:
+        check_what_rank_0_says(port.number, behaviour, timeout_s, code)
+
+
+def check_what_rank_0_says(port: int, behaviour: str, timeout_s: float, code: int | None) -> None:
     ranks = [start(rank, port, behaviour=behaviour, timeout_s=timeout_s) for rank in (0, 1)]
     try:
-        said, _ = ranks[0].communicate(timeout=100)
+        for rank in ranks:  # the limit is for collectives; how long each takes to import torch is another matter
+            assert rank.stdout is not None
+            assert any(line == "ready\n" for line in rank.stdout), "it ended while starting"
+        for rank in ranks:
+            assert rank.stdin is not None
+            rank.stdin.write("go\n")
+            rank.stdin.flush()
+        said, _ = ranks[0].communicate(timeout=PATIENCE_S)
         assert ranks[0].returncode == 3, said
         assert "rank 0 of 2 lost the others" in said
         assert f"learn.rank_timeout_s={timeout_s:g}" in said
         if code is not None:
-            assert ranks[1].wait(30) == code
+            assert ranks[1].wait(PATIENCE_S) == code
     finally:
         for rank in ranks:
             rank.kill()
@@ -80,7 +97,7 @@ released = threading.Event()
 start_team(device="cpu")
 kept = dist.group.WORLD  # as parameters, meshes and torch's own caches keep it
 dist.all_reduce(torch.frombuffer(Sent(8), dtype=torch.uint8), async_op=True)
-assert released.wait(60)
+assert released.wait(200)
 stop_team()
 print("done")
 end_process(3)
@@ -91,6 +108,6 @@ def test_a_rank_whose_work_is_done_ends_with_its_own_exit_code_whatever_torchs_t
     """`sys.exit` ends it by SIGABRT: "terminate called without an active exception"."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", LAST_EXCHANGE], env=environment, capture_output=True, text=True, timeout=100, check=False
+        [sys.executable, "-c", LAST_EXCHANGE], env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False
     )
     assert (done.returncode, done.stdout) == (3, "done\n"), done.stderr

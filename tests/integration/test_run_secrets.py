@@ -19,7 +19,7 @@ from agentrl.serving.engine_process import EmbeddedEngineSpec
 from agentrl.telemetry.run_dir import RunDir
 from agentrl.testing.tiny_model import make_tiny_model
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 KEY = "a-secret-of-this-run"
 
 
@@ -47,14 +47,14 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subproces
     assert line.startswith("LISTENING "), line
     yield process, line.split()[1]
     process.terminate()
-    process.wait(20)
+    process.wait(120)
     process.stdout.close()
 
 
 def status_of(url: str, *, key: str | None = None, body: bytes | None = None) -> int:
     headers = {"Authorization": f"Bearer {key}"} if key is not None else {}
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=30) as answer:
+        with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=120) as answer:
             return int(answer.status)
     except urllib.error.HTTPError as error:
         return error.code
@@ -92,8 +92,8 @@ def test_a_body_without_end_is_refused_and_the_engine_lives_on(engine: tuple[sub
     _, url = engine
     try:
         assert status_of(url + "/generate", key=KEY, body=b"[" * (MAX_BODY_BYTES + 10)) == 413
-    except urllib.error.URLError as error:  # the server may answer and close before it has read everything
-        assert isinstance(error.reason, ConnectionError)  # noqa: PT017
+    except OSError as error:  # the server may answer and close before it has read, or this side has written, everything
+        assert isinstance(getattr(error, "reason", error), ConnectionError)  # noqa: PT017
     assert status_of(url + "/model_info", key=KEY) == 200
 
 

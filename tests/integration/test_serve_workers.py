@@ -1,7 +1,6 @@
 """Rollouts in several processes: over one fleet on this machine, and as actors on a Ray cluster of two nodes."""
 
 import asyncio
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -23,14 +22,14 @@ from agentrl.testing.fake_sglang import FakeSGLang
 from agentrl.types import PolicyRecord, SamplingParams
 from agentrl.weights.digest import weights_digest
 
-pytestmark = pytest.mark.timeout(420)
+pytestmark = pytest.mark.timeout(1500)  # the first test to come also makes the model
 
 KEYS = Keys("fleet")
 SMALL = {"n": 4, "in_flight": 32}
 STEPS = {"steps": 4, "groups": 4, "save_every": 2}
 
 
-async def until(condition: Callable[[], bool], limit_s: float = 20.0) -> None:
+async def until(condition: Callable[[], bool], limit_s: float = 120.0) -> None:
     async with asyncio.timeout(limit_s):
         while not condition():
             await asyncio.sleep(0.005)
@@ -38,8 +37,11 @@ async def until(condition: Callable[[], bool], limit_s: float = 20.0) -> None:
 
 @pytest.mark.asyncio
 async def test_a_follower_samples_through_updates_that_another_process_makes_and_never_meets_an_unknown_label(
-    aclient: redis.asyncio.Redis, tmp_path: Path
+    aclient: redis.asyncio.Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # The owner's patience is not what is tested.
+    monkeypatch.setattr("agentrl.assembly.fleet.FOLLOWERS_LIMIT_S", 120.0)
+    monkeypatch.setattr("agentrl.stream.fleet_board.READER_GONE_S", 120.0)
     record: PolicyRecord | None = None
 
     def announce(version: int) -> PolicyRecord:
@@ -54,7 +56,7 @@ async def test_a_follower_samples_through_updates_that_another_process_makes_and
     async def sample(manager: AsyncLLMServerManager, versions: list[list[int]]) -> None:
         while True:
             asked = manager.generate(
-                [1, 2, 3], SamplingParams(max_new_tokens=40), trajectory_id=f"t{len(versions)}", group_id="g", deadline=20
+                [1, 2, 3], SamplingParams(max_new_tokens=40), trajectory_id=f"t{len(versions)}", group_id="g", deadline=120
             )
             versions.append((await asked).versions)
 
@@ -73,16 +75,18 @@ async def test_a_follower_samples_through_updates_that_another_process_makes_and
             follow=follower.run(),
             **loops,
         ):
-            for version in range(5):
+            version = -1
+            # Five updates, and as many more as it takes until one met a request in mid-flight.
+            while version < 4 or not any(len(set(v)) > 1 for v in versions):
+                version += 1
                 record = announce(version)
                 await until(lambda version=version: any(v and v[-1] == version for v in versions))
-            assert follower.served == (1, 4)
+            assert follower.served == (1, version)
             owning.remove_server(servers[0].url)
             await until(lambda: following.urls == [servers[1].url])
         assert following.counters()["version_mismatches"] == 0
         assert following.counters()["tokens_discarded"] == 0
         assert all(sorted(v) == v for v in versions)
-        assert any(len(set(v)) > 1 for v in versions), "updates met requests in mid-flight"
 
 
 @pytest.mark.asyncio
@@ -103,17 +107,21 @@ async def test_a_follower_that_no_longer_answers_holds_an_update_up_for_a_while_
 def test_a_killed_worker_comes_back_to_its_tasks_and_nothing_is_lost_or_repeated(
     quickstart_config: Callable[..., Path], start_run: Any
 ) -> None:
-    run = start_run(quickstart_config(serve={**SMALL, "workers": 2}, learn=STEPS))
-    run.wait_for(lambda: run.step() >= 1, seconds=120, name="step 1")
-    run.wait_for(lambda: run.pid_of("serve-0") is not None, seconds=60, name="a live worker")
-    os.kill(run.pid_of("serve-0"), signal.SIGKILL)
-    assert run.finish(seconds=240) == 0, run.logs()
+    run = start_run(quickstart_config(serve={**SMALL, "workers": 2}, learn={**STEPS, "steps": 1000}))
+    logs = [run.directory.trajectories / f"rollouts-{worker}.jsonl" for worker in range(2)]
+    run.wait_for(lambda: run.step() >= 1, seconds=240, name="step 1")
+    run.wait_for(lambda: all(log.is_file() and log.stat().st_size for log in logs), seconds=240, name="rollouts of both workers")
+    killed, written = run.kill("serve-0"), logs[0].stat().st_size
+    at_step = run.step()
+    run.wait_for(lambda: run.pid_of("serve-0") not in (None, killed), seconds=240, name="worker again")
+    run.wait_for(lambda: logs[0].stat().st_size > written, seconds=240, name="rollouts of the worker that came back")
+    run.wait_for(lambda: run.step() >= max(at_step + 1, STEPS["steps"]), seconds=240, name="further steps")
+    run.process.terminate()
+    assert run.finish(seconds=240) == 128 + signal.SIGTERM, run.logs()
     assert [e["role"] for e in read_jsonl(run.directory.events) if e["event"] == "child_exited"] == ["serve-0"]
     report = audit_run(run.directory.root)
     assert report.clean, report.text()
-    assert report.step == 4
-    both = {path.name for path in run.directory.trajectories.glob("*.jsonl") if path.stat().st_size}
-    assert both == {"rollouts-0.jsonl", "rollouts-1.jsonl"}
+    assert report.step >= STEPS["steps"]
     assert run.directory.processes() == []
 
 

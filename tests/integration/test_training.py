@@ -1,7 +1,5 @@
 """The whole path with real parts: engines, stream, learner, weights back; then with kills."""
 
-import os
-import signal
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,19 +13,20 @@ from agentrl.assembly.step_ledger import step_ledger
 from agentrl.telemetry.run_dir import read_json, read_jsonl
 from agentrl.telemetry.trajectory_log import read_records
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def test_a_policy_trained_end_to_end_earns_more_and_every_trajectory_is_token_exact(
     quickstart_config: Callable[..., Path], start_run: Any
 ) -> None:
-    steps = 10
-    run = start_run(quickstart_config(learn={"steps": steps, "save_every": 5}))
-    assert run.finish(seconds=300) == 0, run.logs()
+    steps = 12
+    run = start_run(quickstart_config(learn={"steps": steps, "save_every": 6}))
+    assert run.finish(seconds=600) == 0, run.logs()
 
     metrics = run.directory.read_metrics()
     assert [m["step"] for m in metrics] == list(range(1, steps + 1))
     rewards = [m["reward/mean"] for m in metrics]
+    # About 0.35 more; a step's mean of 128 rollouts is known to 0.04, and which tasks it holds is a matter of pace.
     assert np.mean(rewards[-3:]) > np.mean(rewards[:2]) + 0.15, rewards
     # The first batch was sampled by version 0 and trained at version 0: the ratio is one (I9).
     assert metrics[0]["training/off_policy/trajectory_staleness/max"] == 0
@@ -49,7 +48,10 @@ def test_a_policy_trained_end_to_end_earns_more_and_every_trajectory_is_token_ex
         assert (versions[mask == 0] == -1).all()
         assert (logprobs[mask == 0] == 0).all()
         assert (np.diff(versions[mask == 1]) >= 0).all(), "weights only move forward within a trajectory"
-    assert {v for r in records for v in r["segments"][0]["versions"]} >= {0, 1, 2, 3}
+    # Which versions were sampled is a matter of pace, but within the staleness of 2 no more than two in a row are left out.
+    versions = {v for r in records for v in r["segments"][0]["versions"] if v >= 0}
+    assert 0 in versions
+    assert all(versions & {v, v + 1, v + 2} for v in range(1, steps - 2)), versions
 
     report = audit_run(run.directory.root)
     assert report.clean, report.text()
@@ -69,11 +71,10 @@ def test_killed_learner_engine_and_serve_neither_lose_nor_repeat_a_trajectory(
     run = start_run(quickstart_config(learn={"steps": steps, "save_every": 3}))
     killed: list[str] = []
     for at, role in ((2, "engine-0"), (4, "learn"), (7, "serve")):
-        run.wait_for(lambda at=at: run.step() >= at, seconds=120, name=f"step {at}")
-        run.wait_for(lambda role=role: run.pid_of(role) is not None, seconds=60, name=f"live {role}")
-        os.kill(run.pid_of(role), signal.SIGKILL)
+        run.wait_for(lambda at=at: run.step() >= at, seconds=240, name=f"step {at}")
+        run.kill(role)
         killed.append(role)
-    assert run.finish(seconds=300) == 0, run.logs()
+    assert run.finish(seconds=600) == 0, run.logs()
     assert killed == ["engine-0", "learn", "serve"]
 
     events = Counter((e["event"], e.get("role")) for e in read_jsonl(run.directory.events))

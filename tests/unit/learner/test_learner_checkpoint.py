@@ -80,6 +80,25 @@ def test_only_the_last_k_stay_and_latest_names_the_newest(learner: Learner, tmp_
     assert os.readlink(tmp_path / "latest") == "step_3"
 
 
+def test_one_that_is_cleared_away_is_gone_under_its_name_before_its_files_are(
+    learner: Learner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise an audit that reads it meanwhile takes what is left for all that was trained."""
+    removed, remove = list[tuple[str, list[str]]](), shutil.rmtree
+
+    def watched(path: Path, **options: bool) -> None:
+        if path.exists():
+            removed.append((path.name, sorted(p.name for p in tmp_path.glob("step_*"))))
+        remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2, 3):
+        checkpoints.save(learner, step=step, state={})
+    ((name, left),) = removed
+    assert (name.startswith("."), left) == (True, ["step_2", "step_3"])
+
+
 def test_torn_and_partial_directories_are_ignored_and_named(
     model_dir: Path, team: Team, learner: Learner, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,39 @@ def test_concurrent_registrations_all_survive(tmp_path: Path) -> None:
     children = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), f"engine-{i}", str(os.getpid())]) for i in range(6)]
     assert [c.wait(60) for c in children] == [0] * 6
     assert {e["role"] for e in RunDir(tmp_path).processes()} == {f"engine-{i}" for i in range(6)}
+
+
+def test_two_threads_may_write_one_status(tmp_path: Path) -> None:
+    """As learn's do: the one that beats once a second, and the main one when it ends."""
+    run = RunDir(tmp_path).create()
+
+    def write(doing: str) -> None:
+        for _ in range(300):
+            run.write_status("learn", {"doing": doing})
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(write, ("step", "checkpoint")))
+    assert run.read_status("learn")["doing"] in ("step", "checkpoint")
+    assert [path.name for path in run.status.iterdir()] == ["learn.json"]
+
+
+def test_whoever_finds_a_config_finds_all_of_it(tmp_path: Path) -> None:
+    run, text = RunDir(tmp_path).create(), "x" * 100_000
+    found: set[int] = set()
+    written = threading.Event()
+
+    def watch() -> None:
+        while not written.is_set():
+            if run.config.is_file():
+                found.add(len(run.config.read_text()))
+
+    with ThreadPoolExecutor(1) as threads:
+        watching = threads.submit(watch)
+        for _ in range(200):
+            run.write_config(text)
+        written.set()
+        watching.result()
+    assert found <= {len(text)}
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
