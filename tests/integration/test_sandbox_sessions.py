@@ -4,7 +4,10 @@ import base64
 import concurrent.futures
 import http.client
 import json
+import os
+import signal
 from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -120,6 +123,30 @@ def test_idle_sessions_end_by_themselves_and_the_least_recently_used_makes_place
     assert _cell(service, sessions[0], "2")["run_result"]["stdout"] == "2\n"
     for session in (*sessions, *more):
         _delete(service, session)
+
+
+def test_a_session_that_hangs_up_and_exits_is_not_said_to_be_killed(full: Service) -> None:
+    """Its silence comes before its end: the service then asks for the end, which must not become the reason."""
+    (launcher,) = _children(full.process.pid)
+    (fork_server,) = _children(launcher)
+    others = _children(fork_server)
+    session = _open(full)
+    (process,) = set(_children(fork_server)) - set(others)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        os.kill(fork_server, signal.SIGSTOP)
+        try:
+            code = "import os, time\nos.closerange(3, 64)\ntime.sleep(0.3)\nos._exit(5)"
+            cell = pool.submit(_cell, full, session, code)
+            wait_until(lambda: Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z", "its exit")
+        finally:
+            os.kill(fork_server, signal.SIGCONT)
+        ended = cell.result(DEADLINE_S)
+    assert (ended["run_result"]["reason"], ended["run_result"]["return_code"], ended["session_alive"]) == ("exit", 5, False)
+    assert _post(full, f"/sessions/{session}/run", code="1").body["reason"] == "exit"
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
 
 
 def test_memory_hoarded_by_a_sessions_children_ends_it(full: Service) -> None:
