@@ -21,6 +21,8 @@ from typing import Any
 import pytest
 from sandbox_harness import AMPLE_S, DEADLINE_S, REPOSITORY, UNPRIVILEGED_UID, Service, running_service, with_readable_interpreter
 
+from agentrl.sandbox.self_test import tcp_and_udp
+
 MEMORY_MB = 192
 ON_TIME_S = 10.0
 """How late the end of a run may be noticed where two cores are everybody's."""
@@ -132,9 +134,7 @@ def _canaries(directory: Path) -> Generator[tuple[subprocess.Popen[bytes], dict[
     with contextlib.ExitStack() as stack:
         process = stack.enter_context(subprocess.Popen(["/bin/sleep", "600"], env={"SECRET": secret}))
         stack.callback(process.kill)
-        tcp = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        udp = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-        udp.bind(tcp.getsockname())
+        tcp, udp = (stack.enter_context(canary) for canary in tcp_and_udp())
         path = stack.enter_context(socket.socket(socket.AF_UNIX))
         path.bind(str(directory / "socket"))
         (directory / "socket").chmod(0o777)
