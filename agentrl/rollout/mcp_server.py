@@ -49,7 +49,7 @@ class McpAddress:
     cwd: Path | None = None
     url: str | None = None
     headers: Mapping[str, str] | None = None
-    start_timeout_s: float = 30.0
+    start_timeout_s: float = 60.0
 
     def __str__(self) -> str:
         if self.url is None:

@@ -45,7 +45,7 @@ class McpSpec(BaseModel):
     """Tools not to offer."""
     prefix: str = ""
     """Put before the names that the model sees."""
-    start_timeout_s: float = Field(default=30.0, gt=0)
+    start_timeout_s: float = Field(default=60.0, gt=0)
     """Seconds for starting, the handshake and the list of tools."""
 
     @model_validator(mode="after")

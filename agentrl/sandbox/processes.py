@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 _BOOT = "import sys; from agentrl.sandbox.processes import be_one_of; be_one_of(sys.argv[1])"
 _RESTART_PAUSE_S = (0.2, 30.0)
 _START_LIMIT_S = 120.0
+_ANSWER_LIMIT_S = 5.0
+"""A process that is gone refuses at once; one that says nothing for so long is left out of an answer for all."""
 _ADDED = ("capacity", "running", "queue", "max_queue", "sessions", "max_sessions", "restarts")
 _LOCAL = "local"
 _NOT_FORWARDED = (b"host", b"content-length", b"transfer-encoding", b"connection")
@@ -152,7 +154,7 @@ class Siblings:
                 continue
             try:
                 async with self._client(index).get(
-                    f"http://sibling{path}?{_LOCAL}", timeout=aiohttp.ClientTimeout(total=2.0)
+                    f"http://sibling{path}?{_LOCAL}", timeout=aiohttp.ClientTimeout(total=_ANSWER_LIMIT_S)
                 ) as answer:
                     answers[index] = await answer.read()
             except (aiohttp.ClientError, OSError, TimeoutError) as error:

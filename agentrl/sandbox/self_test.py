@@ -16,6 +16,7 @@ from pathlib import Path
 from agentrl.sandbox.job import MIB, Job, Limits, Outcome
 
 _PROBE = Path(__file__).parent / "inside" / "probe.py"
+_PORT_ATTEMPTS = 20
 _SECRET_VARIABLE = "AGENTRL_SANDBOX_CANARY"
 
 # Names whose "reached" is judged by the canary itself, not by the attempt: an empty answer is fine.
@@ -68,6 +69,23 @@ class _Canaries:
                 yield f"the host's {name} socket was reached"
 
 
+def tcp_and_udp() -> tuple[socket.socket, socket.socket]:
+    """Of one port: what is free for the one may be somebody's for the other."""
+    for attempts_left in reversed(range(_PORT_ATTEMPTS)):
+        tcp = socket.create_server(("127.0.0.1", 0))
+        udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        try:
+            udp.bind(tcp.getsockname())
+        except OSError:
+            tcp.close()
+            udp.close()
+            if not attempts_left:
+                raise
+        else:
+            return tcp, udp
+    raise AssertionError("unreachable: the last attempt returns or raises")
+
+
 @contextmanager
 def _canaries() -> Generator[_Canaries, None, None]:
     secret = secrets.token_hex(16)
@@ -88,10 +106,7 @@ def _canaries() -> Generator[_Canaries, None, None]:
         )
         stack.callback(process.kill)
         abstract = f"agentrl-canary-{secrets.token_hex(8)}"
-        tcp = socket.create_server(("127.0.0.1", 0))
-        udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        udp.bind(tcp.getsockname())
-        sockets = [tcp, udp]
+        sockets = [*tcp_and_udp()]
         for address in (str(file) + ".sock", "\0" + abstract):
             server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             server.bind(address)

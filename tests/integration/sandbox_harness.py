@@ -1,23 +1,30 @@
 """A real sandbox service in its own process, with a secret in its environment, for the sandbox's integration tests."""
 
+import http.client
 import json
 import os
 import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from agentrl.process import free_port
+from port_kit import reserved_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+DEADLINE_S = 60.0
+"""Of what takes milliseconds: only a hang reaches it."""
+START_LIMIT_S = 200.0
+AMPLE_S = 25.0
+"""Run time of programs that end by themselves: just below the most that the service gives."""
 _SERVE = "import json, sys; from agentrl.sandbox.app import serve; serve(**json.loads(sys.argv[1]))"
 
 
@@ -37,9 +44,10 @@ class Service:
     url: str
     process: subprocess.Popen[bytes]
     secret: str
+    stderr: IO[bytes]
     headers: dict[str, str] = field(default_factory=dict[str, str])
 
-    def request(self, path: str, data: bytes | None = None, timeout_s: float = 60.0) -> Answer:
+    def request(self, path: str, data: bytes | None = None, timeout_s: float = 120.0) -> Answer:
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"} | self.headers)
         try:
             with urllib.request.urlopen(request, timeout=timeout_s) as response:
@@ -50,15 +58,50 @@ class Service:
 
     def run(self, code: str, **fields: Any) -> dict[str, Any]:
         """The whole response to one program."""
-        answer = self.request("/run_code", json.dumps({"code": code, "language": "python"} | fields).encode())
+        body = {"code": code, "language": "python", "run_timeout": AMPLE_S} | fields
+        answer = self.request("/run_code", json.dumps(body).encode())
         assert answer.status == 200, answer
         return answer.body
+
+    def run_out_of_time(self, code: str, run_timeout: float, *, until: str = "", **fields: Any) -> dict[str, Any]:
+        """The response to a program that does not end by itself, and the shortest time (``run_timeout``, or some multiples of it)
+        in which it printed ``until``: how long even an interpreter takes to start is the machine's affair."""
+        while True:
+            response = self.run(code, run_timeout=run_timeout, **fields)
+            result = response["run_result"]
+            if (result is not None and until in result["stdout"]) or run_timeout >= AMPLE_S:
+                return response | {"run_timeout": run_timeout}
+            run_timeout = min(4 * run_timeout, AMPLE_S)
+
+    @contextmanager
+    def busy(self, path: str = "/run_code", **fields: Any) -> Generator[http.client.HTTPConnection, None, None]:
+        """A request under way, a program that sleeps unless ``fields`` say otherwise; it ends with the block, by hanging up."""
+        connection = http.client.HTTPConnection(self.url.removeprefix("http://"), timeout=DEADLINE_S)
+        body = {"code": "import time; time.sleep(60)", "run_timeout": 29} | fields
+        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"} | self.headers)
+        try:
+            yield connection
+        finally:
+            connection.close()
+
+    def wait_for_health(self, **expected: Any) -> dict[str, Any]:
+        """``/health``, once it says so."""
+        wait_until(lambda: expected.items() <= self.request("/health").body.items(), f"health with {expected}")
+        return self.request("/health").body
 
     def stdout(self, code: str, **fields: Any) -> str:
         """What a program that must succeed prints."""
         response = self.run(code, **fields)
         assert response["status"] == "Success", response
         return response["run_result"]["stdout"]
+
+
+def wait_until(claim: Callable[[], bool], what: str) -> None:
+    """Fails when it does not come true."""
+    ends = time.monotonic() + DEADLINE_S
+    while not claim():
+        assert time.monotonic() < ends, f"{what}: not within {DEADLINE_S:g} s"
+        time.sleep(0.02)
 
 
 def _answer(status: int, headers: dict[str, str], raw: bytes) -> Answer:
@@ -72,41 +115,42 @@ def _answer(status: int, headers: dict[str, str], raw: bytes) -> Answer:
 @contextmanager
 def running_service(*, command_prefix: list[str] | None = None, **options: Any) -> Generator[Service, None, None]:
     """Start the service, wait until it is healthy, and end it with SIGTERM."""
-    secret, port = secrets.token_hex(16), free_port("127.0.0.1")
+    secret = secrets.token_hex(16)
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "API_KEY": secret}
-    arguments = json.dumps({"host": "127.0.0.1", "port": port} | options)
-    process = subprocess.Popen(
-        [*(command_prefix or []), sys.executable, "-c", _SERVE, arguments], env=environment, cwd="/", stderr=subprocess.PIPE
-    )
-    service = Service(url=f"http://127.0.0.1:{port}", process=process, secret=secret)
-    if options.get("token"):
-        service.headers["Authorization"] = f"Bearer {options['token']}"
-    try:
-        _wait_until_healthy(service)
-        yield service
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
+    with reserved_port() as port, tempfile.TemporaryFile() as stderr:  # no pipe: a full one would stop the service
+        arguments = json.dumps({"host": "127.0.0.1", "port": port} | options)
+        process = subprocess.Popen(
+            [*(command_prefix or []), sys.executable, "-c", _SERVE, arguments], env=environment, cwd="/", stderr=stderr
+        )
+        service = Service(url=f"http://127.0.0.1:{port}", process=process, secret=secret, stderr=stderr)
+        if options.get("token"):
+            service.headers["Authorization"] = f"Bearer {options['token']}"
         try:
-            process.communicate(timeout=20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
+            _wait_until_healthy(service)
+            yield service
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(DEADLINE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def _wait_until_healthy(service: Service) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + START_LIMIT_S
     while time.monotonic() < deadline:
         if service.process.poll() is not None:
-            assert service.process.stderr is not None
-            raise RuntimeError(service.process.stderr.read().decode())
+            service.stderr.seek(0)
+            raise RuntimeError(service.stderr.read().decode())
         try:
-            if service.request("/health", timeout_s=5).status == 200:
+            if service.request("/health", timeout_s=DEADLINE_S).status == 200:
                 return
         except OSError:
             pass
         time.sleep(0.05)
-    raise RuntimeError("the service did not become healthy within 60 s")
+    raise AssertionError(f"the service did not become healthy within {START_LIMIT_S:g} s")
 
 
 def tier_is_available(tier: str) -> str | None:

@@ -28,9 +28,9 @@ EXAMPLES = int(os.environ.get("AGENTRL_FUZZ", "0")) // 10 or 12
 HTTP = settings(
     max_examples=EXAMPLES, deadline=None, derandomize=EXAMPLES < 100, suppress_health_check=list(HealthCheck), database=None
 )
-ANSWER_LIMIT_S = 30.0
+ANSWER_LIMIT_S = 100.0
 
-pytestmark = pytest.mark.timeout(120 + EXAMPLES)
+pytestmark = pytest.mark.timeout(290 + EXAMPLES)
 
 
 def operations(schema: schemathesis.BaseSchema) -> list[schemathesis.APIOperation]:
@@ -55,6 +55,8 @@ def check(operation: schemathesis.APIOperation, mode: GenerationMode, url: str, 
 
 # -- the sandbox ------------------------------------------------------------------------------------------------------
 
+RUN_LIMIT_S = 10.0
+
 SANDBOX = schemathesis.openapi.from_dict(create_app(max_concurrency=1).openapi())
 
 
@@ -68,12 +70,13 @@ def sandbox() -> Iterator[Service]:
 
 
 def shorten(context: Any, body: Any) -> Any:
-    """Programs of noise end at once, but a generated time limit of an hour is only waited for when they do not."""
+    """Programs of noise end at once: no limit of an hour, when they do not, and none in which not even their interpreter starts, which
+    is the service's failure (502), to be repeated where there is more time."""
     if isinstance(body, dict):
         body |= {
-            name: min(body[name], 1)
+            name: RUN_LIMIT_S
             for name in ("run_timeout", "timeout", "total_timeout")
-            if isinstance(body.get(name), int | float)
+            if isinstance(body.get(name), int | float) and body[name] > 0
         }
         # Addresses of noise would be asked of whatever resolver this machine has.
         body.pop("fetch_files", None)
@@ -151,7 +154,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     assert line.startswith("LISTENING "), line
     yield line.split()[1]
     process.terminate()
-    process.wait(20)
+    process.wait(60)
     process.stdout.close()
 
 

@@ -2,17 +2,17 @@
 
 import base64
 import concurrent.futures
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Generator
 from pathlib import Path
 
 import pytest
-from sandbox_harness import REPOSITORY, Service, running_service
+from sandbox_harness import DEADLINE_S, REPOSITORY, Service, running_service, wait_until
 
 FUSION_RESPONSE = {"status", "message", "compile_result", "run_result", "executor_pod_name", "files"}
 FUSION_RESULT = {"status", "execution_time", "return_code", "stdout", "stderr"}
@@ -47,7 +47,7 @@ def test_a_successful_run_has_sandbox_fusions_shape(service: Service) -> None:
     result = response["run_result"]
     assert (result["status"], result["return_code"], result["stdout"], result["stderr"]) == ("Finished", 0, "42\n", "")
     assert result["reason"] == "ok"
-    assert 0 < result["execution_time"] < 5
+    assert 0 < result["execution_time"] < 25
     assert response["queue_time"] >= 0
 
 
@@ -113,14 +113,14 @@ def test_a_crash_of_the_interpreter_is_a_signal(service: Service) -> None:
 
 
 def test_a_timeout_keeps_the_output_so_far_and_ends_on_time(service: Service) -> None:
-    started = time.monotonic()
-    response = service.run("print('partial')\nwhile True: pass", run_timeout=0.7)
-    assert time.monotonic() - started < 3
+    response = service.run_out_of_time("print('partial')\nwhile True: pass", 0.7, until="partial")
+    limit_s = response["run_timeout"]
     assert response["status"] == "Failed"
     result = response["run_result"]
     assert (result["status"], result["return_code"], result["stdout"]) == ("TimeLimitExceeded", None, "partial\n")
     assert result["reason"] == "wall"
-    assert "0.7 s" in response["message"]
+    assert f"{limit_s:g} s" in response["message"]
+    assert limit_s <= result["execution_time"] < limit_s + 10
 
 
 def test_a_large_allocation_is_a_memory_error(service: Service) -> None:
@@ -149,11 +149,9 @@ def test_long_output_keeps_head_and_tail_without_a_timeout(service: Service) -> 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_endless_output_is_killed_at_once(service: Service, stream: str) -> None:
-    started = time.monotonic()
-    response = service.run(f"import sys\nwhile True: sys.{stream}.write('x' * 10000)", run_timeout=20)
-    assert time.monotonic() - started < 5
+    response = service.run(f"import sys\nwhile True: sys.{stream}.write('x' * 10000)")
     assert response["status"] == "Failed"
-    assert response["run_result"]["reason"] == "output"
+    assert response["run_result"]["reason"] == "output", "not its time limit"
     assert len(response["run_result"][stream]) < 70_000
 
 
@@ -175,8 +173,8 @@ def test_code_that_closes_its_streams_still_ends_well(service: Service) -> None:
 
 def test_threads_are_joined_and_exit_handlers_run(service: Service) -> None:
     code = (
-        "import atexit, threading, time\natexit.register(lambda: print('bye'))\n"
-        "threading.Thread(target=lambda: (time.sleep(0.1), print('thread'))).start()\nprint('main')"
+        "import atexit, threading, time\natexit.register(lambda: print('bye'))\nlast = threading.Event()\n"
+        "threading.Thread(target=lambda: (last.wait(), time.sleep(0.1), print('thread'))).start()\nprint('main')\nlast.set()"
     )
     assert service.stdout(code) == "main\nthread\nbye\n"
 
@@ -261,22 +259,30 @@ def test_concurrent_runs_keep_their_outputs_apart(service: Service) -> None:
 
 
 def test_waiting_in_the_queue_is_reported_and_does_not_count_as_run_time() -> None:
-    with running_service(max_concurrency=1) as service, concurrent.futures.ThreadPoolExecutor(3) as pool:
-        runs = list(pool.map(lambda _: service.run("import time; time.sleep(0.5)", run_timeout=0.9), range(3)))
-    assert [run["status"] for run in runs] == ["Success"] * 3
-    assert max(run["queue_time"] for run in runs) > 0.8
-    assert max(run["run_result"]["execution_time"] for run in runs) < 0.9
+    with running_service(max_concurrency=1) as service, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        for limit_s in (0.7, 4, 16):  # the smallest in which this machine runs a program that does nothing
+            first = pool.submit(service.run, f"import time; time.sleep({limit_s + 1})")
+            service.wait_for_health(running=1)
+            response = service.run("pass", run_timeout=limit_s)
+            assert first.result(DEADLINE_S)["status"] == "Success"
+            if response["status"] == "Success" and response["queue_time"] > limit_s:
+                break
+        assert (response["status"], response["queue_time"] > limit_s) == ("Success", True)
+        assert response["run_result"]["execution_time"] < limit_s
 
 
 def test_a_full_queue_answers_429_with_retry_after() -> None:
-    with running_service(max_concurrency=1, max_queue=1) as service, concurrent.futures.ThreadPoolExecutor(6) as pool:
-        body = json.dumps({"code": "import time; time.sleep(0.5)"}).encode()
-        answers = list(pool.map(lambda _: service.request("/run_code", body), range(6)))
-        refused = [answer for answer in answers if answer.status == 429]
-        assert sorted({answer.status for answer in answers}) == [200, 429]
-        assert len(refused) >= 3
-        assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
-        assert 'agentrl_sandbox_rejected_total{cause="queue_full"}' in service.request("/metrics").body
+    with running_service(max_concurrency=1, max_queue=1) as service, contextlib.ExitStack() as first:
+        first.enter_context(service.busy())
+        service.wait_for_health(running=1)
+        with service.busy(code="print('in turn')") as waiting:
+            service.wait_for_health(running=1, queue=1)
+            refused = [service.request("/run_code", b'{"code": "1"}') for _ in range(3)]
+            assert [answer.status for answer in refused] == [429] * 3
+            assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
+            assert 'agentrl_sandbox_rejected_total{cause="queue_full"} 3.0' in service.request("/metrics").body
+            first.close()
+            assert json.loads(waiting.getresponse().read())["run_result"]["stdout"] == "in turn\n"
 
 
 def _children(pid: int) -> list[int]:
@@ -291,25 +297,21 @@ def _descendants(pid: int) -> list[int]:
     return found
 
 
-def _gone(pids: list[int], within_s: float) -> list[int]:
-    deadline = time.monotonic() + within_s
-    left = pids
-    while left and time.monotonic() < deadline:
-        left = [pid for pid in left if Path(f"/proc/{pid}").exists()]
-        time.sleep(0.02)
-    return left
+def _is_gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"  # init's to reap
+    except OSError:
+        return True
 
 
 def test_a_killed_fork_server_fails_only_its_own_runs_and_is_replaced() -> None:
     with running_service(max_concurrency=4) as service, concurrent.futures.ThreadPoolExecutor(1) as pool:
         launcher = next(pid for pid in _descendants(service.process.pid))
-        lost = pool.submit(service.run, "import time; time.sleep(20)", run_timeout=25)
-        deadline = time.monotonic() + 10
-        while service.request("/health").body["running"] == 0 and time.monotonic() < deadline:
-            time.sleep(0.02)
+        lost = pool.submit(service.run, "import time; time.sleep(60)")
+        service.wait_for_health(running=1)
         zygote = _children(launcher)[0]
         os.kill(zygote, signal.SIGKILL)
-        response = lost.result(timeout=10)
+        response = lost.result(timeout=DEADLINE_S)
         assert response["status"] == "SandboxError"
         assert "may be repeated" in response["message"]
         assert service.stdout("print('back')") == "back\n"
@@ -319,15 +321,16 @@ def test_a_killed_fork_server_fails_only_its_own_runs_and_is_replaced() -> None:
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_nothing_survives_the_service_however_it_ends(how: signal.Signals) -> None:
     with running_service(max_concurrency=4) as service, concurrent.futures.ThreadPoolExecutor(1) as pool:
-        busy = pool.submit(service.run, "import time; time.sleep(25)", run_timeout=29)
-        deadline = time.monotonic() + 10
-        while len(pids := _descendants(service.process.pid)) < 3 and time.monotonic() < deadline:
-            time.sleep(0.02)  # admitted is not yet forked
-        assert len(pids) >= 3
+        busy = pool.submit(service.run, "import time; time.sleep(60)", run_timeout=29)
+        wait_until(
+            lambda: len(_descendants(service.process.pid)) >= 3, "launcher, fork server and run"
+        )  # admitted is not yet forked
+        pids = _descendants(service.process.pid)
         service.process.send_signal(how)
-        service.process.communicate(timeout=20)
-        assert _gone(pids, within_s=5) == []
-        assert busy.exception(timeout=20) is not None or busy.result()["status"] == "SandboxError"
+        service.process.wait(DEADLINE_S)
+        for pid in pids:
+            wait_until(lambda pid=pid: _is_gone(pid), f"the end of process {pid}")
+        assert busy.exception(timeout=DEADLINE_S) is not None or busy.result()["status"] == "SandboxError"
 
 
 def test_preloaded_modules_are_warm_and_a_missing_one_is_named() -> None:
@@ -338,7 +341,6 @@ def test_preloaded_modules_are_warm_and_a_missing_one_is_named() -> None:
         assert len(draws) == 3
         result = service.run("import numpy as np; print(np.linalg.det(2 * np.eye(3)))")["run_result"]
         assert result["stdout"].startswith("8.0") or result["stdout"].startswith("7.99")
-        assert result["execution_time"] < 1
 
 
 def test_a_token_is_required_when_one_is_set() -> None:
@@ -368,7 +370,11 @@ def test_unsafe_needs_to_be_allowed_and_marks_every_response() -> None:
 def test_a_host_other_than_loopback_needs_a_token() -> None:
     code = "from agentrl.sandbox.app import serve; serve('0.0.0.0', 1)"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, timeout=60
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        timeout=200,
     )
     assert done.returncode == 1
     assert "give a token" in done.stderr

@@ -24,7 +24,7 @@ from agentrl.stream.producer import TrajectoryProducer
 from agentrl.stream.server import EmbeddedServer, connect, connect_async
 from agentrl.testing.stream_doubles import make_close, make_trajectory
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = pytest.mark.timeout(180)
 
 KEYS = Keys("crash")
 
@@ -37,11 +37,17 @@ def kill(server: EmbeddedServer) -> None:
         time.sleep(0.01)
 
 
-def restart_at_random(server: EmbeddedServer, stop: threading.Event, kills: list[float], seed: int) -> None:
+def restart_at_random(server: EmbeddedServer, stop: threading.Event, acked: list[str], kills: list[int], seed: int) -> None:
+    """Counted in what was acknowledged, not in seconds: a slow machine gets as far between two kills as a fast one."""
     rng = random.Random(seed)
-    while not stop.wait(rng.uniform(0.1, 0.4)):
+    while True:
+        due = len(acked) + rng.randrange(20, 120)
+        while len(acked) < due:
+            if stop.wait(0.005):
+                return
+        time.sleep(rng.uniform(0.0, 0.05))
         kill(server)
-        kills.append(time.monotonic())
+        kills.append(len(acked))
         time.sleep(rng.uniform(0.0, 0.1))
         server.ensure()
 
@@ -66,7 +72,8 @@ def test_server_killed_under_load_loses_nothing_it_acknowledged(server: Embedded
             jobs = [
                 tasks.create_task(produce(server.url, range(first, 100_000, 4), acked, max_items=10**6)) for first in range(4)
             ]
-            await asyncio.sleep(1.0)
+            while len(acked) <= 50:
+                await asyncio.sleep(0.01)
             await asyncio.to_thread(kill, server)
             for job in jobs:
                 job.cancel()
@@ -85,9 +92,9 @@ def test_run_survives_server_kills_on_both_sides(server: EmbeddedServer) -> None
     num_groups = 300
     acked: list[str] = []
     trained: Counter[str] = Counter()
-    kills: list[float] = []
+    kills: list[int] = []
     stop = threading.Event()
-    killer = threading.Thread(target=restart_at_random, args=(server, stop, kills, 0))
+    killer = threading.Thread(target=restart_at_random, args=(server, stop, acked, kills, 0))
 
     def learn() -> None:
         client = connect(server.url, role="learn")
@@ -127,7 +134,7 @@ def test_run_survives_server_kills_on_both_sides(server: EmbeddedServer) -> None
     finally:
         stop.set()
         killer.join()
-    assert len(kills) >= 2
+    assert len(kills) >= 5
     assert set(trained) == set(acked)
     assert set(trained.values()) == {1}
     client = connect(server.ensure(), role="audit")
@@ -144,7 +151,7 @@ from agentrl.stream.consumer import TrajectoryConsumer
 from agentrl.stream.keys import Keys
 from agentrl.stream.server import connect
 
-url, checkpoint, target = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+url, checkpoint, target, is_doomed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "doomed"
 state = json.loads(checkpoint.read_text()) if checkpoint.exists() else {"weights": [], "consumed": {}}
 consumer = TrajectoryConsumer(connect(url, role="learn"), Keys("crash"), trained=state["consumed"])
 consumer.acquire()
@@ -164,6 +171,7 @@ while len(state["weights"]) < target:
     fresh.replace(checkpoint)
     time.sleep(0.01)                               # between checkpoint and commit
     consumer.commit([t.id for g in groups for t in g], outcomes={})
+while is_doomed: time.sleep(1)                       # whoever kills it may be late
 while consumer.next_group(0.2) is not None: pass   # what the checkpoint already had is committed on the way
 """
 
@@ -177,22 +185,17 @@ def test_killed_learner_neither_loses_nor_repeats_a_trajectory(server: EmbeddedS
     checkpoint = tmp_path / "checkpoint.json"
     command = [sys.executable, "-c", LEARNER, server.url, str(checkpoint), str(3 * num_groups)]
     client = connect(server.url, role="audit")
-    kills = 0
-    for _ in range(40):
+    for _ in range(5):
         epoch = int(client.get(KEYS.fence) or 0)
-        with subprocess.Popen(command) as learner:
+        with subprocess.Popen([*command, "doomed"]) as learner:
             while learner.poll() is None and int(client.get(KEYS.fence) or 0) == epoch:
                 time.sleep(0.005)
-            if kills < 5:
-                with suppress(subprocess.TimeoutExpired):
-                    learner.wait(rng.uniform(0.0, 0.12))
-                learner.kill()
-                kills += learner.wait() == -signal.SIGKILL
-                continue
-            assert learner.wait(60) == 0
-            break
+            with suppress(subprocess.TimeoutExpired):
+                learner.wait(rng.uniform(0.0, 0.12))
+            learner.kill()
+            assert learner.wait() == -signal.SIGKILL
+    subprocess.run([*command, "last"], check=True, timeout=120)
     state = json.loads(checkpoint.read_text())
-    assert kills >= 3
     assert Counter(state["weights"]) == Counter(acked)
     ledger = read_ledger(client, KEYS)
     assert (ledger.submitted, ledger.trained, ledger.waiting, ledger.bytes) == (180, 180, 0, 0)
@@ -205,11 +208,11 @@ def test_learner_killed_between_checkpoint_and_commit_does_not_train_again(serve
     client = connect(server.url, role="learn")
     first = TrajectoryConsumer(client, KEYS)
     first.acquire()
-    saved = [group for _ in range(2) if (group := first.next_group(1.0)) is not None]
+    saved = [group for _ in range(2) if (group := first.next_group(60.0)) is not None]
     consumed = [t.id for group in saved for t in group]
     second = TrajectoryConsumer(client, KEYS, trained=consumed)
     second.acquire()
-    rest = [group for _ in range(2) if (group := second.next_group(1.0)) is not None]
+    rest = [group for _ in range(2) if (group := second.next_group(60.0)) is not None]
     assert [g.close.ordinal for g in rest] == [2, 3]
     assert second.next_group(0.05) is None
     assert (second.counters.skipped_groups, second.committed_groups) == (2, 2)
@@ -226,7 +229,7 @@ def test_checkpoint_that_names_outcomes_and_closes_is_believed(server: EmbeddedS
     outcomes = {names[0]: "trained", names[1]: "stale", names[2]: "filtered"}
     consumer = TrajectoryConsumer(client, KEYS, trained=outcomes)
     consumer.acquire()
-    group = consumer.next_group(1.0)
+    group = consumer.next_group(60.0)
     assert group is not None
     assert group.close.ordinal == 1
     successor = TrajectoryConsumer(client, KEYS, trained=[group.close.id])
@@ -243,7 +246,7 @@ def test_group_consumed_in_part_returns_the_rest_and_is_counted(server: Embedded
     names = [make_trajectory(0, i).id for i in range(3)]
     consumer = TrajectoryConsumer(client, KEYS, trained={names[1]})
     consumer.acquire()
-    group = consumer.next_group(1.0)
+    group = consumer.next_group(60.0)
     assert group is not None
     assert [t.id for t in group] == [names[0], names[2]]
     assert consumer.counters.partial_groups == 1
@@ -260,13 +263,13 @@ def test_outage_longer_than_the_timeout_returns_none_and_shows(server: EmbeddedS
     kill(server)
     began = time.monotonic()
     assert consumer.next_group(0.5) is None
-    assert 0.4 < time.monotonic() - began < 2.0
+    assert 0.5 <= time.monotonic() - began < 60.0
     assert consumer.outage_s > 0
     with pytest.raises(StreamError, match="reporting progress: Redis was unreachable"):
         consumer.report_progress(1)
     server.ensure()
-    assert consumer.next_group(0.2) is None
-    assert consumer.outage_s == 0
+    while consumer.outage_s:  # until a read has found the server again
+        assert consumer.next_group(0.2) is None
     client.close()
 
 
@@ -275,7 +278,7 @@ def test_producer_with_limited_patience_reports_the_outage(server: EmbeddedServe
         client = connect_async(server.url)
         producer = TrajectoryProducer(client, KEYS, patience_s=0.2)
         kill(server)
-        with pytest.raises(StreamError, match="unreachable for 0"):
+        with pytest.raises(StreamError, match=r"unreachable for \d+\.\d s"):
             await producer.put_trajectory(make_trajectory())
         await client.aclose()
 
@@ -322,7 +325,7 @@ def test_producer_restarted_in_the_middle_of_a_group_completes_it(server: Embedd
     client = connect(server.url)
     consumer = TrajectoryConsumer(client, KEYS)
     consumer.acquire()
-    group = consumer.next_group(1.0)
+    group = consumer.next_group(60.0)
     assert group is not None
     assert [t.id for t in group] == [m.id for m in members]
     client.close()

@@ -14,7 +14,7 @@ from agentrl.stream.producer import SIDE_KEY_BYTES, TrajectoryProducer
 from agentrl.testing.stream_doubles import make_close, make_trajectory
 from agentrl.types import Trajectory, content_digest
 
-pytestmark = [pytest.mark.timeout(60), pytest.mark.asyncio]
+pytestmark = [pytest.mark.timeout(120), pytest.mark.asyncio]
 KEYS = Keys("dead")
 
 
@@ -28,7 +28,7 @@ async def bury_a_group(client: redis.Redis, aclient: redis.asyncio.Redis, size: 
     for _ in range(3):
         consumer = TrajectoryConsumer(client, KEYS)
         consumer.acquire()
-        group = consumer.next_group(1.0)
+        group = consumer.next_group(60.0)
         assert group is not None
         consumer.blame([t.id for t in group])
     consumer.commit([group.close.id], outcomes={})
@@ -53,7 +53,7 @@ async def test_poison_is_listed_with_its_reason_and_replayed_as_one_group(
 
     consumer = TrajectoryConsumer(client, KEYS, trained=dict.fromkeys(ids, "failed:dead_letter"))
     consumer.acquire()
-    group = consumer.next_group(1.0)
+    group = consumer.next_group(60.0)
     assert group is not None
     assert [t.id for t in group] == new
     assert content_digest(group.trajectories[0]) == content_digest(make_trajectory(0, 0))
@@ -71,7 +71,7 @@ async def test_what_cannot_be_replayed_says_why_and_nothing_is_written(client: r
     await producer.close_group(make_close(members))
     consumer = TrajectoryConsumer(client, KEYS)
     consumer.acquire()
-    group = consumer.next_group(1.0)
+    group = consumer.next_group(60.0)
     assert group is not None
     consumer.commit([group.close.id], outcomes={})
     consumer.next_group(0.05)
@@ -106,7 +106,7 @@ async def bury_large(client: redis.Redis, aclient: redis.asyncio.Redis) -> list[
     for _ in range(3):
         consumer = TrajectoryConsumer(client, KEYS)
         consumer.acquire()
-        group = consumer.next_group(5.0)
+        group = consumer.next_group(60.0)
         assert group is not None
         consumer.blame([t.id for t in group])
     consumer.commit([group.close.id], outcomes={})
@@ -128,7 +128,7 @@ async def test_a_large_letter_keeps_its_payload_and_is_replayed(client: redis.Re
     )
     consumer = TrajectoryConsumer(client, KEYS)
     consumer.acquire()
-    group = consumer.next_group(5.0)
+    group = consumer.next_group(60.0)
     assert group is not None
     assert [t.id for t in group] == new
     assert [content_digest(t) for t in group] == [content_digest(members[0]), content_digest(members[2])]

@@ -17,13 +17,13 @@ from agentrl.rollout.worker import RolloutWorker
 from agentrl.stream.consumer import TrajectoryConsumer
 from agentrl.stream.keys import Keys
 from agentrl.stream.ledger import read_ledger
-from agentrl.stream.policy import read_progress
+from agentrl.stream.policy import read_progress, read_progress_sync
 from agentrl.stream.producer import TrajectoryProducer
 from agentrl.stream.server import EmbeddedServer, connect, connect_async
 from agentrl.testing.stream_doubles import make_close, make_trajectory
 from agentrl.types import Task, Trajectory
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(180)
 
 KEYS = Keys("tail")
 
@@ -53,25 +53,30 @@ def test_what_a_learner_has_read_or_committed_is_not_handed_out_again_when_it_co
         await producer.close_group(make_close(members))
         await client.aclose()
 
+    def read_until_returned(count: int) -> None:
+        while consumer.counters.returned_groups < count:
+            assert consumer.next_group(0.3) is None
+        assert consumer.next_group(0.3) is None
+
     client = connect(server.url, role="learn")
     consumer = TrajectoryConsumer(client, KEYS)
     consumer.acquire()
     before = file_of(server).stat().st_size
     for ordinal in range(3):
         asyncio.run(put(ordinal))
-    groups = [consumer.next_group(5.0) for _ in range(3)]
+    groups = [consumer.next_group(60.0) for _ in range(3)]
     ids = [[t.id for t in group] for group in groups if group is not None]
     committed_later = file_of(server).stat().st_size
     consumer.commit(ids[0], outcomes={ids[0][1]: "filtered"})
 
     lose_the_end(server, committed_later)  # the commit is lost: its group lies on the stream again
-    assert [consumer.next_group(0.3) for _ in range(4)] == [None] * 4
+    read_until_returned(1)
     assert read_ledger(client, KEYS).committed_groups == 1
 
     lose_the_end(server, before)  # all is lost, what the learner holds as well; then it is sampled again
     for ordinal in range(3):
         asyncio.run(put(ordinal))
-    assert [consumer.next_group(0.3) for _ in range(4)] == [None] * 4
+    read_until_returned(4)
     assert consumer.counters.returned_groups == 4
     consumer.commit([*ids[1], *ids[2]], outcomes={})
     book = read_ledger(client, KEYS)
@@ -84,14 +89,19 @@ def test_a_run_over_a_server_that_loses_the_end_of_its_file_trains_every_task_on
     trained: Counter[str] = Counter()
     stop = threading.Event()
     lost: list[int] = []
+    worker: RolloutWorker
 
     def lose_at_random() -> None:
-        rng = random.Random(0)
+        rng, client = random.Random(0), connect(server.url, role="audit")
         while not stop.wait(rng.uniform(0.2, 0.5)):
-            size = file_of(server).stat().st_size
-            stop.wait(rng.uniform(0.02, 0.15))
+            size, closed = file_of(server).stat().st_size, read_progress_sync(client, KEYS).closed_groups
+            while read_progress_sync(client, KEYS).closed_groups == closed and not stop.is_set():
+                time.sleep(0.005)
+            if stop.wait(rng.uniform(0.0, 0.1)):
+                break
             lost.append(file_of(server).stat().st_size - size)
             lose_the_end(server, size)
+        client.close()
 
     def learn() -> None:
         client = connect(server.url, role="learn")
@@ -99,7 +109,12 @@ def test_a_run_over_a_server_that_loses_the_end_of_its_file_trains_every_task_on
         consumer.acquire()
         ready.set()
         held: list[str] = []
-        while len(trained) < num_groups * group_size or held or consumer.committed_groups < num_groups:
+        while (
+            len(trained) < num_groups * group_size
+            or held
+            or consumer.committed_groups < num_groups
+            or not worker.status()["groups_lost"]
+        ):
             group = consumer.next_group(0.1)
             if group is not None:
                 trained.update(t.id for t in group)
@@ -108,7 +123,7 @@ def test_a_run_over_a_server_that_loses_the_end_of_its_file_trains_every_task_on
                 consumer.commit(held, outcomes={})
                 held = []
                 consumer.report_progress(consumer.committed_groups)
-            if len(trained) == num_groups * group_size:
+            if lost and len(trained) >= num_groups * group_size:
                 stop.set()  # what was lost until now is still to be found
         client.close()
 
@@ -118,7 +133,8 @@ def test_a_run_over_a_server_that_loses_the_end_of_its_file_trains_every_task_on
         await asyncio.sleep(0.01)
         return tiny_trajectory(task, trajectory_id, ordinal, sample, attempt), None
 
-    async def run() -> RolloutWorker:
+    async def run() -> None:
+        nonlocal worker
         client = connect_async(server.url, role="serve")
         worker = RolloutWorker(
             task_at=lambda ordinal: Task(id=f"t{ordinal}", prompt=[], data_source="d"),
@@ -134,11 +150,10 @@ def test_a_run_over_a_server_that_loses_the_end_of_its_file_trains_every_task_on
         plays.cancel()
         await asyncio.wait([plays])
         await client.aclose()
-        return worker
 
     ready, loser = threading.Event(), threading.Thread(target=lose_at_random)
     try:
-        worker = asyncio.run(run())
+        asyncio.run(run())
     finally:
         stop.set()
         loser.join()

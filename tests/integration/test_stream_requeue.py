@@ -24,7 +24,7 @@ from agentrl.stream.server import connect_async
 from agentrl.testing.stream_doubles import make_close, make_trajectory
 from agentrl.types import Task, Trajectory, TrajectoryGroup, group_id_of, round_of
 
-pytestmark = [pytest.mark.timeout(60), pytest.mark.asyncio]
+pytestmark = [pytest.mark.timeout(120), pytest.mark.asyncio]
 KEYS = Keys("again")
 
 
@@ -50,7 +50,7 @@ async def put(producer: TrajectoryProducer, ordinal: int, round_: int = 0, *, ve
 
 
 def take(consumer: TrajectoryConsumer) -> TrajectoryGroup:
-    group = consumer.next_group(2.0)
+    group = consumer.next_group(60.0)
     assert group is not None
     return group
 

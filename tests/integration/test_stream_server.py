@@ -17,7 +17,7 @@ import redis
 from agentrl.errors import ConfigError, StreamError
 from agentrl.stream.server import EmbeddedServer, check_server, connect, ensure, find_server_binary, release
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def data_dir() -> Iterator[Path]:
         EmbeddedServer(Path(directory) / "redis").stop()
 
 
-def wait_for(claim: object, *, seconds: float = 10.0) -> None:
+def wait_for(claim: object, *, seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not claim():  # pyright: ignore[reportCallIssue]
         assert time.monotonic() < deadline, "did not come true in time"

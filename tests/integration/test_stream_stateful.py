@@ -75,7 +75,7 @@ class StreamMachine(RuleBasedStateMachine):
             self.client.close()
 
     def go(self, call: Any) -> None:
-        self.loop.run_until_complete(asyncio.wait_for(call, 20))
+        self.loop.run_until_complete(asyncio.wait_for(call, 60))
 
     # -- producer -----------------------------------------------------------------------------------------------------
 
@@ -215,14 +215,21 @@ class StreamMachine(RuleBasedStateMachine):
         books = read_books(self.client, KEYS)
         assert books.put == {put_name(i) for i in self.put | self.late}
 
+    def groups_to_come(self) -> int:
+        progress = read_progress_sync(self.client, KEYS)
+        return progress.closed_groups - progress.committed_groups - len(self.held)
+
     def drain(self) -> None:
         for ordinal in list(self.open):
             while not self.has_room():
                 self.train("trained")
             self.close_group(ordinal, 1)
-        while (group := self.consumer.next_group(0.05)) is not None:
-            self.held.append(group)
-            self.unsaved |= {t.id: "trained" for t in group} | {group.close.id: ""}
+        ends = time.monotonic() + 60
+        while (left := self.groups_to_come()) > 0:
+            assert time.monotonic() < ends, f"{left} groups that closed are not handed out"
+            if (group := self.consumer.next_group(0.05)) is not None:
+                self.held.append(group)
+                self.unsaved |= {t.id: "trained" for t in group} | {group.close.id: ""}
         self.checkpoint()
         self.commit()
         self.restart_learner()
@@ -240,7 +247,7 @@ class StreamMachine(RuleBasedStateMachine):
         assert ledger.closes
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(290)
 def test_each_trajectory_is_trained_once_whatever_dies() -> None:
     with tempfile.TemporaryDirectory(prefix="arl-") as directory:
         StreamMachine.server = EmbeddedServer(Path(directory))

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import datetime
+import queue
 import socket
 import ssl
 import subprocess
@@ -17,9 +18,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from port_kit import reserved_port
 
 from agentrl.errors import ConfigError
-from agentrl.process import free_port
 from agentrl.stream.connection import check_server, retry
 from agentrl.stream.consumer import TrajectoryConsumer
 from agentrl.stream.keys import Keys
@@ -27,7 +28,7 @@ from agentrl.stream.producer import TrajectoryProducer
 from agentrl.stream.server import connect, connect_async, find_server_binary
 from agentrl.testing.stream_doubles import make_close, make_trajectory
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 
 KEYS = Keys("urls")
 RIGHTS = "on >s3cret ~arl:{urls}:* resetchannels +@all -@admin -@dangerous +info +client|setname +client|setinfo"
@@ -37,8 +38,7 @@ RIGHTS = "on >s3cret ~arl:{urls}:* resetchannels +@all -@admin -@dangerous +info
 def running_server(*arguments: str) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
     """A plain server of the user's on a port of its own, and its process."""
     binary, _ = find_server_binary()
-    port = free_port("127.0.0.1")
-    with tempfile.TemporaryDirectory(prefix="arl-") as directory:
+    with reserved_port() as port, tempfile.TemporaryDirectory(prefix="arl-") as directory:
         command = [binary, *arguments, "--port", str(port), "--bind", "127.0.0.1", "--dir", directory]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         try:
@@ -54,7 +54,7 @@ def answers(port: int) -> bool:
         return client.connect_ex(("127.0.0.1", port)) == 0
 
 
-def wait_for(what: Callable[[], bool], seconds: float = 30.0) -> None:
+def wait_for(what: Callable[[], bool], seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < end, f"not within {seconds} s"
@@ -140,17 +140,17 @@ def tls_in_front_of(port: int, certificate: Path) -> Iterator[int]:
         inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", port)
         await asyncio.gather(copy(reader, inner_writer), copy(inner_reader, writer))
 
-    loop, listens = asyncio.new_event_loop(), free_port("127.0.0.1")
+    loop, ports = asyncio.new_event_loop(), queue.SimpleQueue[int]()
 
     def serve() -> None:
-        loop.run_until_complete(asyncio.start_server(tunnel, "127.0.0.1", listens, ssl=context))
+        server = loop.run_until_complete(asyncio.start_server(tunnel, "127.0.0.1", 0, ssl=context))
+        ports.put(server.sockets[0].getsockname()[1])
         loop.run_forever()
 
     thread = threading.Thread(target=serve)
     thread.start()
     try:
-        wait_for(lambda: answers(listens))
-        yield listens
+        yield ports.get(timeout=60)
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
@@ -171,13 +171,13 @@ def test_producer_and_learner_follow_the_master_when_it_is_killed(tmp_path: Path
     with (
         running_server(*durable) as (first, master),
         running_server(*durable, "--replicaof", "127.0.0.1", str(first)) as (second, _),
+        reserved_port() as port,
     ):
         watch = tmp_path / "sentinel.conf"
         watch.write_text(
-            f"sentinel monitor mine 127.0.0.1 {first} 1\nsentinel down-after-milliseconds mine 500\nsentinel failover-timeout mine 5000\n"
+            f"sentinel monitor mine 127.0.0.1 {first} 1\nsentinel down-after-milliseconds mine 60000\nsentinel failover-timeout mine 5000\n"
         )
         binary, _ = find_server_binary()
-        port = free_port("127.0.0.1")
         sentinel = subprocess.Popen([binary, str(watch), "--sentinel", "--port", str(port)], stdout=subprocess.DEVNULL)
         try:
             wait_for(lambda: answers(port))
@@ -185,9 +185,11 @@ def test_producer_and_learner_follow_the_master_when_it_is_killed(tmp_path: Path
             with connect(f"redis://127.0.0.1:{second}") as replica, connect(url) as client:
                 wait_for(lambda: replica.info("replication")["master_link_status"] == "up")
                 put = asyncio.run(put_groups(url, range(3)))
-                assert client.wait(1, 10_000) == 1  # replication is asynchronous: what was not copied yet would be gone
+                assert client.wait(1, 25_000) == 1  # replication is asynchronous: what was not copied yet would be gone
                 assert client.info("server")["tcp_port"] == first
                 master.kill()
+                with connect(f"redis://127.0.0.1:{port}") as watcher:  # impatient only now: a slow disk is no death
+                    watcher.execute_command("SENTINEL", "SET", "mine", "down-after-milliseconds", "500")
                 put += asyncio.run(put_groups(url, range(3, 6)))
                 assert client.info("server")["tcp_port"] == second
             assert take_groups(url, count=6) == put

@@ -11,7 +11,6 @@ import pytest_asyncio
 from aiohttp import web
 
 from agentrl.errors import ConfigError, ToolBusy, ToolInfraError
-from agentrl.process import free_port
 from agentrl.rollout.http_tool import at_pointer, retry_after_s
 from agentrl.rollout.tool_loading import load_tools
 from agentrl.rollout.toolbox import Observation, Toolbox
@@ -49,9 +48,8 @@ async def service() -> AsyncGenerator[Service]:
     app.router.add_route("*", "/{tail:.*}", made.handle)
     runner = web.AppRunner(app, shutdown_timeout=1.0)
     await runner.setup()
-    port = free_port("127.0.0.1")
-    await web.TCPSite(runner, "127.0.0.1", port).start()
-    made.url = f"http://127.0.0.1:{port}"
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    made.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
     yield made
     await runner.cleanup()
 
@@ -130,7 +128,7 @@ async def test_what_the_model_cannot_help_is_infrastructure(service: Service, st
 async def test_no_connection_and_no_answer_in_time_are_infrastructure(service: Service) -> None:
     with pytest.raises(ToolInfraError, match=r"no answer from http://127\.0\.0\.1:1/x: ClientConnectorError"):
         await ask(make({"url": "http://127.0.0.1:1/x"}), currency="EUR")
-    service.hold_s = 30
+    service.hold_s = 600
     with pytest.raises(ToolInfraError, match=r"`rates` did not answer within 0\.1 s"):
         await ask(make({"url": service.url}, timeout_s=0.1), currency="EUR")
 
@@ -145,11 +143,11 @@ async def test_retry_after_is_obeyed_within_the_deadline(service: Service) -> No
     assert (stats["calls"], stats["retries"], stats["infra_errors"]) == (1, 2, 0)
     service.answers = [web.Response(**busy, headers={"Retry-After": "3600"})]
     asked = len(service.requests)
-    box = make({"url": service.url, "method": "GET"}, retries=5, timeout_s=5)
+    box = make({"url": service.url, "method": "GET"}, retries=5, timeout_s=60)
     with pytest.raises(ToolBusy, match="answered 429"):  # at once: the next attempt would come after the deadline
         await ask(box, currency="EUR")
     assert len(service.requests) == asked + 1
-    assert 3590 < box.tools[0].rate.delay_s() <= 3600  # and other rollouts hold back as well
+    assert 3000 < box.tools[0].rate.delay_s() <= 3600  # and other rollouts hold back as well
 
 
 @pytest.mark.asyncio

@@ -85,6 +85,6 @@ def test_scoring_never_raises_and_gives_one_or_zero(solution: object, truth: obj
 )
 @settings(deadline=None, max_examples=20)
 def test_a_megabyte_of_anything_is_read_in_linear_time(piece: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     compute_score("", piece * (1_000_000 // len(piece)), "42")
-    assert time.perf_counter() - start < 10.0
+    assert time.process_time() - start < 10.0

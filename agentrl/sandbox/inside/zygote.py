@@ -268,7 +268,8 @@ class Zygote:
         self._control.send(json.dumps(message).encode())
 
     def _kill(self, run: _Run, reason: str) -> None:
-        run.killed = run.killed or reason
+        if reason != "signal":  # a mere "end it": one that has ended by itself meanwhile, or for its limits, says so
+            run.killed = run.killed or reason
         # pid 1 of the run's namespace: the kernel kills the rest with it.
         if not self._signal_launched(run, signal.SIGKILL):
             signal.pidfd_send_signal(run.pidfd, signal.SIGKILL)

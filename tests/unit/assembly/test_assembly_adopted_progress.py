@@ -20,7 +20,7 @@ START = Progress(run_epoch=1, version=0, consumed_groups=0, closed_groups=0, com
 
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not await condition():
             await asyncio.sleep(0.005)
 

@@ -57,7 +57,7 @@ async def test_servers_are_listed_added_drained_and_removed_from_the_command_lin
         assert "draining" in await cli("servers", "drain", str(run), first.url, "--wait-s", "5")
         for index in range(4):
             sampling = SamplingParams(max_new_tokens=4)
-            answer = await manager.generate([index], sampling, trajectory_id=f"t{index}", group_id=f"g{index}", deadline=10)
+            answer = await manager.generate([index], sampling, trajectory_id=f"t{index}", group_id=f"g{index}", deadline=60)
             assert (answer.server, answer.ids) == (second.url, pseudo_tokens([index], 4))
         assert "draining" not in await cli("servers", "drain", str(run), first.url, "--undo")
         assert second.url not in await cli("servers", "remove", str(run), second.url)
@@ -66,19 +66,19 @@ async def test_servers_are_listed_added_drained_and_removed_from_the_command_lin
 
 @pytest.mark.asyncio
 async def test_a_drain_waits_for_the_requests_and_then_moves_them(tmp_path: Path) -> None:
-    first, second = FakeSGLang(token_latency_s=0.005), FakeSGLang()
+    first, second = FakeSGLang(token_latency_s=0.05), FakeSGLang()
     async with served(tmp_path, first) as (manager, _, run), second:
         sampling = SamplingParams(max_new_tokens=400)
         async with asyncio.TaskGroup() as group:
-            asked = group.create_task(manager.generate([1], sampling, trajectory_id="t", group_id="g", deadline=30))
-            async with asyncio.timeout(10):
+            asked = group.create_task(manager.generate([1], sampling, trajectory_id="t", group_id="g", deadline=120))
+            async with asyncio.timeout(60):
                 while first.num_tokens < 5:
                     await asyncio.sleep(0.005)
             manager.add_server(second.url)
             answer = await asyncio.to_thread(call_servers, run, "POST", "/drain", url=first.url, wait_s=0.1)
             assert answer["idle"] is False
         assert (asked.result().server, asked.result().ids) == (second.url, pseudo_tokens([1], 400))
-        assert (await asyncio.to_thread(call_servers, run, "POST", "/drain", url=first.url, wait_s=5))["idle"] is True
+        assert (await asyncio.to_thread(call_servers, run, "POST", "/drain", url=first.url, wait_s=60))["idle"] is True
 
 
 @pytest.mark.asyncio

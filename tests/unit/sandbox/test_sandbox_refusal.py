@@ -1,6 +1,7 @@
 """When nothing isolates: the self-test sees it, the pool refuses, and only allow_unsafe goes on."""
 
 import shutil
+import socket
 import sys
 
 import pytest
@@ -9,7 +10,7 @@ from agentrl.errors import ConfigError, SandboxError
 from agentrl.sandbox.app import create_app, serve
 from agentrl.sandbox.job import Job, Outcome
 from agentrl.sandbox.pool import Pool
-from agentrl.sandbox.self_test import run_self_test
+from agentrl.sandbox.self_test import run_self_test, tcp_and_udp
 from agentrl.sandbox.unsafe import UnsafeRunner
 
 NO_PYTHON = "/nowhere/python"
@@ -85,3 +86,14 @@ def test_numbers_that_make_no_sense_are_refused(options: dict[str, int]) -> None
 def test_only_loopback_may_be_served_without_a_token(host: str) -> None:
     with pytest.raises(ConfigError, match="token"):
         serve(host, 0)
+
+
+def test_the_canaries_get_a_port_that_is_free_for_tcp_and_for_udp(monkeypatch: pytest.MonkeyPatch) -> None:
+    create, occupied = socket.create_server, socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    occupied.bind(("127.0.0.1", 0))
+    ports = [occupied.getsockname()[1]]
+    monkeypatch.setattr(socket, "create_server", lambda address: create((address[0], ports.pop() if ports else 0)))
+    tcp, udp = tcp_and_udp()
+    assert tcp.getsockname() == udp.getsockname() != occupied.getsockname()
+    for held in (tcp, udp, occupied):
+        held.close()

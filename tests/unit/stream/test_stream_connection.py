@@ -159,7 +159,7 @@ def test_every_key_is_in_the_documentation() -> None:
 async def test_a_cancellation_that_the_client_swallows_still_ends_the_call() -> None:
     async def swallows() -> str:
         try:
-            await asyncio.sleep(30)
+            await asyncio.sleep(600)
         except asyncio.CancelledError:
             return "the reply had arrived"
         return ""
@@ -173,6 +173,6 @@ async def test_a_cancellation_that_the_client_swallows_still_ends_the_call() -> 
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         task.cancel()
-        done, _ = await asyncio.wait([task], timeout=10)
+        done, _ = await asyncio.wait([task], timeout=60)
         assert done
         assert task.cancelled()

