@@ -96,7 +96,7 @@ class PartialGeneration:
 
 
 class _TokenLogprob(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """One entry of ``output_token_logprobs``: there is one per token, and this takes a third of the room of a list."""
+    """One entry of ``output_token_logprobs``: there is one per token, and this takes half the room of a list."""
 
     logprob: float
     token: int
