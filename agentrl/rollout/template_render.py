@@ -2,8 +2,9 @@
 
 ``transformers`` prepares everything anew at every call: it collects the special tokens, copies the tools and the template's
 settings into plain types, and looks the template up. All of that is the same for the life of a run, so it is done once here,
-and the compiled template is filled directly. This is taken only where probes at construction give the text that
-``apply_chat_template`` gives, only for messages that it would pass on as they are, and left for good otherwise.
+and the compiled template is filled directly. So are the tools' JSON and the template's globals, and a message's field is looked up
+as what it is. This is taken only where probes at construction give the text that ``apply_chat_template`` gives, only for messages
+that it would pass on as they are, and left for good otherwise.
 """
 
 import inspect
@@ -21,6 +22,7 @@ _PROBES: tuple[list[Message], ...] = (
 )
 
 _TEXT_ONLY = {str}
+_DICT_ATTRIBUTES = frozenset(dir(dict))
 
 
 class TemplateRender:
@@ -73,13 +75,41 @@ class TemplateRender:
 
 
 def _compiled_template(tokenizer: Any, tools: list[dict[str, Any]] | None) -> Any:
-    """The template as ``transformers`` compiles it, sandboxed; None where this version has no such function."""
+    """The template as ``transformers`` compiles it, sandboxed, in an environment of its own; None where this version has no such
+    function."""
     try:
         from transformers.utils.chat_template_utils import _compile_jinja_template  # pyright: ignore[reportPrivateUsage]
 
-        return _compile_jinja_template(tokenizer.get_chat_template(None, tools))
-    except (ImportError, AttributeError, TypeError, ValueError):
+        source = tokenizer.get_chat_template(None, tools)
+        environment = _own_environment(_compile_jinja_template(source).environment, tools)
+        template = environment.from_string(source)
+        template.globals = dict(template.globals)  # a chain of maps, which is slow to copy into each fill's context
+        return template
+    except (ImportError, AttributeError, TypeError, ValueError, KeyError):
         return None
+
+
+def _own_environment(shared: Any, tools: list[dict[str, Any]] | None) -> Any:
+    """The environment without what costs the most and gives the same each time."""
+    environment = shared.overlay()
+    look_up, to_json = shared.getattr, shared.filters["tojson"]
+    printed: dict[int, str] = {}
+    if _is_plain(tools):
+        printed = {id(value): to_json(value) for value in (tools, *(tools or ()))}
+
+    def field_of(value: Any, name: str) -> Any:
+        # The sandbox tries an attribute first and pays for the exception. A dict has few, and is asked for what it holds.
+        if type(value) is dict and name in value and name not in _DICT_ATTRIBUTES:
+            return value[name]
+        return look_up(value, name)
+
+    def as_json(value: Any, *args: Any, **options: Any) -> Any:
+        known = None if args or options else printed.get(id(value))
+        return to_json(value, *args, **options) if known is None else known
+
+    environment.getattr = field_of
+    environment.filters = {**shared.filters, "tojson": as_json}
+    return environment
 
 
 def _is_passed_on(message: Message) -> bool:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import aiohttp
+import msgspec
 import numpy as np
 import orjson
 from numpy.typing import NDArray
@@ -92,6 +93,38 @@ class PartialGeneration:
         self.logprobs += other.logprobs
         self.labels += other.labels
         self.finish, self.finish_message = other.finish, other.finish_message
+
+
+class _TokenLogprob(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """One entry of ``output_token_logprobs``: there is one per token, and this takes half the room of a list."""
+
+    logprob: float
+    token: int
+    text: Any
+
+
+class _Meta(msgspec.Struct):
+    """What is read of a chunk's ``meta_info``."""
+
+    output_token_logprobs: list[_TokenLogprob] | None = None
+    completion_tokens: int | None = None
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    num_retractions: int | None = None
+    weight_version: Any = ""
+    weight_versions: list[dict[str, Any]] | None = None
+    finish_reason: dict[str, Any] | None = None
+
+
+class _Chunk(msgspec.Struct):
+    """One chunk of a generation, or a whole one that was not streamed."""
+
+    meta_info: _Meta | None = None
+    output_ids: list[int] | None = None
+    error: Any = msgspec.UNSET
+
+
+_CHUNKS = msgspec.json.Decoder(_Chunk)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,7 +233,7 @@ class SGLangClient:
 
         def read(head: Head) -> Callable[[bytes], None]:
             if head.status == 200 and head.content_type != "application/json":
-                return _Events(lambda payload: self._take(orjson.loads(payload), partial, adapter)).feed
+                return _Events(lambda payload: self._take(payload, partial, adapter)).feed
             return whole.append
 
         try:
@@ -208,7 +241,7 @@ class SGLangClient:
             if head.status != 200:
                 raise _refusal(self.url, head.status, b"".join(whole).decode("utf-8", "replace"), adapter)
             if whole:
-                self._take(orjson.loads(b"".join(whole)), partial, adapter)
+                self._take(b"".join(whole), partial, adapter)
         except OSError as error:  # a TimeoutError is one
             raise EngineUnavailable(
                 f"{self.url} broke off after {len(partial)} tokens of request {rid}: {error!r}. Look at that engine's log."
@@ -276,25 +309,25 @@ class SGLangClient:
             body["lora_path"] = adapter
         return body
 
-    def _take(self, chunk: Mapping[str, Any], partial: PartialGeneration, adapter: str | None) -> None:
+    def _take(self, payload: bytes, partial: PartialGeneration, adapter: str | None) -> None:
         """Add one chunk, cumulative or incremental, to what arrived."""
-        if "error" in chunk:
-            raise _stream_error(self.url, chunk["error"])
-        meta = chunk["meta_info"]
-        ids: list[int] = chunk.get("output_ids") or []
-        entries: list[tuple[float, int, Any]] = meta.get("output_token_logprobs") or []  # (logprob, token, its text)
-        have = len(partial)
-        fresh = _fresh_count(ids, meta, partial.ids)
+        chunk = _CHUNKS.decode(payload)
+        if chunk.error is not msgspec.UNSET:
+            raise _stream_error(self.url, chunk.error)
+        meta, ids, have = chunk.meta_info, chunk.output_ids or [], len(partial)
+        if meta is None:
+            raise ValueError("it has no meta_info")
+        entries = meta.output_token_logprobs or []
+        fresh = _fresh_count(ids, meta.completion_tokens, partial.ids)
         if fresh > 0:
             new_ids, new_entries = (ids, entries) if fresh == len(ids) == len(entries) else (ids[-fresh:], entries[-fresh:])
-            tokens = [token for _, token, _ in new_entries]
-            if len(new_ids) != fresh or tokens != new_ids:
+            if len(new_ids) != fresh or [entry.token for entry in new_entries] != new_ids:
                 raise EngineUnavailable(
                     f"{self.url} sent {len(new_ids)} ids and {len(new_entries)} logprobs for {fresh} new tokens, or they name "
                     "other tokens; they must pair up. Start the engine without flags that drop logprobs."
                 )
-            logprobs: list[float] = [logprob for logprob, _, _ in new_entries]
-            # The sum is the quick test: it is not finite if one of them is not, and no number if one of them is none.
+            logprobs = [entry.logprob for entry in new_entries]
+            # The sum is the quick test: it is not finite if one of them is not.
             if not math.isfinite(sum(logprobs)) and not all(map(math.isfinite, logprobs)):
                 raise EngineUnavailable(
                     f"{self.url} sent a logprob that is not finite among tokens {have}..{have + fresh}: its weights are likely "
@@ -302,19 +335,16 @@ class SGLangClient:
                 )
             partial.ids += new_ids
             partial.logprobs += logprobs
-            partial.labels += [str(meta.get("weight_version", "")) if adapter is None else adapter] * fresh
+            partial.labels += [str(meta.weight_version) if adapter is None else adapter] * fresh
             partial.last_arrival = asyncio.get_running_loop().time()
-        partial.prompt_tokens = meta.get("prompt_tokens") or partial.prompt_tokens
-        partial.cached_tokens = meta.get("cached_tokens") or partial.cached_tokens
-        finish = meta.get("finish_reason")
-        if finish is not None:
-            self._finish(finish, meta, partial, adapter)
+        partial.prompt_tokens = meta.prompt_tokens or partial.prompt_tokens
+        partial.cached_tokens = meta.cached_tokens or partial.cached_tokens
+        if meta.finish_reason is not None:
+            self._finish(meta.finish_reason, meta, partial, adapter)
         if fresh > 0 and partial.on_arrival is not None:
             partial.on_arrival()
 
-    def _finish(
-        self, finish: Mapping[str, Any], meta: Mapping[str, Any], partial: PartialGeneration, adapter: str | None
-    ) -> None:
+    def _finish(self, finish: Mapping[str, Any], meta: "_Meta", partial: PartialGeneration, adapter: str | None) -> None:
         kind = finish["type"]
         message = str(finish.get("message") or "")
         status = finish.get("status_code")
@@ -323,8 +353,8 @@ class SGLangClient:
         if kind not in ("stop", "length", "abort"):
             raise EngineUnavailable(f"{self.url} finished with the unknown reason {kind!r}; it speaks another protocol.")
         if adapter is None:
-            shift = 0 if meta.get("num_retractions") else self.span_shift
-            _relabel(partial.labels, meta.get("weight_versions") or (), shift)
+            shift = 0 if meta.num_retractions else self.span_shift
+            _relabel(partial.labels, meta.weight_versions or (), shift)
         partial.finish, partial.finish_message = kind, message
 
     # ---- control calls
@@ -567,13 +597,12 @@ def _relabel(labels: list[str], spans: Sequence[Mapping[str, Any]], shift: int) 
         labels[start:end] = [label] * (end - start)
 
 
-def _fresh_count(ids: list[int], meta: Mapping[str, Any], known: list[int]) -> int:
+def _fresh_count(ids: list[int], total: int | None, known: list[int]) -> int:
     """How many of the chunk's last ids are new. Both kinds of stream report totals, so the difference decides."""
-    total = meta.get("completion_tokens")
     if total is None:
         is_cumulative = len(ids) > len(known) and ids[: len(known)] == known
         return len(ids) - len(known) if is_cumulative or not known else len(ids)
-    return int(total) - len(known)
+    return total - len(known)
 
 
 class _Events:
@@ -584,12 +613,15 @@ class _Events:
         self._rest = b""
 
     def feed(self, block: bytes) -> None:
-        *lines, self._rest = (self._rest + block).split(b"\n")
-        for line in lines:
-            if line.startswith(b"data:"):
-                payload = line[5:].strip()
+        text, start = self._rest + block, 0
+        # Not `split`, which looks at each byte in turn: a line may hold hundreds of tokens.
+        while (end := text.find(b"\n", start)) >= 0:
+            if text.startswith(b"data:", start):
+                payload = text[start + 5 : end].strip()
                 if payload != b"[DONE]":
                     self._take(payload)
+            start = end + 1
+        self._rest = text[start:]
 
 
 def _bearer(key: str | None) -> dict[str, str]:

@@ -63,3 +63,32 @@ def test_settings_reach_the_template_and_those_of_transformers_itself_go_through
         tokenizer.chat_template = before
     assert render._compiled is not None  # pyright: ignore[reportPrivateUsage]
     assert render(question, generation_prompt=True) == "hello q"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ tools | tojson }}{{ tools | tojson(indent=2) }}{% for tool in tools %}{{ tool | tojson }}{% endfor %}",
+        "{{ (tools + tools) | tojson }}{{ tools[0].function | tojson(ensure_ascii=True) }}{{ messages[0].content | tojson }}",
+        "{% for m in messages %}{{ m.role }}{{ m['content'] }}{{ m.nothing }}{{ m.nothing is defined }}{{ m.get('role') }}{% endfor %}",
+        "{% for m in messages %}{{ m.items is callable }}{{ m.get('content') }}{% endfor %}",  # a field hides no method of a dict
+        "{{ messages[0].__class__ }}",
+        "{{ messages[0].pop('role') }}",
+    ],
+)
+def test_tools_and_fields_look_to_a_template_as_they_do_through_transformers(template: str) -> None:
+    tokenizer = family_tokenizer("qwen3")
+    messages: list[Message] = [{"role": "user", "content": "é", "items": "a field", "pop": "another", "__class__": "a third"}]
+    before = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = template
+        render = TemplateRender(tokenizer, tools=TOOLS, template_kwargs={})
+        assert render._compiled is not None  # pyright: ignore[reportPrivateUsage]
+        wanted = outcome(
+            lambda m, p: tokenizer.apply_chat_template(m, tools=TOOLS, tokenize=False, add_generation_prompt=p), messages, False
+        )
+    finally:
+        tokenizer.chat_template = before
+    for _ in range(2):  # what was made once is given again
+        given = outcome(lambda m, p: render(m, generation_prompt=p), messages, False)
+        assert given == wanted
