@@ -48,6 +48,24 @@ def free_port(host: str) -> int:
         return int(probe.getsockname()[1])
 
 
+class ClaimedPort:
+    """A free TCP port that the kernel gives nobody else until `release`: for a server that is started now and listens seconds later.
+
+    Bound but not listening. A server that binds this very port may still have it, as servers set SO_REUSEADDR; those that take any free
+    port (0), and outgoing connections, are given others.
+    """
+
+    def __init__(self, host: str) -> None:
+        self._socket = socket.socket()
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._socket.bind((host, 0))
+        self.number = int(self._socket.getsockname()[1])
+
+    def release(self) -> None:
+        """Safe to call twice."""
+        self._socket.close()
+
+
 def end_process(code: int) -> NoReturn:
     """End this process with this exit code: exit handlers run, output is flushed, but the interpreter is not taken apart.
 

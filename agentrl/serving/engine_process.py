@@ -26,7 +26,7 @@ import aiohttp
 import psutil
 
 from agentrl.errors import StalledError
-from agentrl.process import free_port, start_time
+from agentrl.process import ClaimedPort, start_time
 from agentrl.serving.server_manager import AsyncLLMServerManager
 from agentrl.serving.sglang_client import SGLangClient
 
@@ -157,10 +157,15 @@ class _Engine:
     index: int
     spec: EngineSpec
     log_path: Path
-    port: int = 0
+    claim: ClaimedPort | None = None
+    """Its port, kept over restarts: an engine loads for seconds or minutes before it listens."""
     process: asyncio.subprocess.Process | None = None
     started: float | None = None
     deaths: deque[float] = field(default_factory=deque[float])
+
+    @property
+    def port(self) -> int:
+        return self.claim.number if self.claim is not None else 0
 
     def url(self, host: str) -> str:
         return f"http://{host}:{self.port}"
@@ -309,10 +314,11 @@ class EngineFleet:
         return wait_s
 
     async def _start(self, engine: _Engine) -> None:
-        port = engine.port if engine.port and _is_free(self._host, engine.port) else free_port(self._host)
-        if engine.port not in (0, port):
+        if engine.claim is not None and not _is_free(self._host, engine.port):
             self._forget(engine)
-        engine.port = port
+        if engine.claim is None:
+            engine.claim = ClaimedPort(self._host)
+        port = engine.port
         command = engine.spec.command(self._host, port)
         env = {**os.environ, **engine.spec.environment()}
         if self._omp_threads is not None:
@@ -346,8 +352,10 @@ class EngineFleet:
         await process.wait()
 
     def _forget(self, engine: _Engine) -> None:
-        if engine.port:
+        if engine.claim is not None:
             self._manager.remove_server(engine.url(self._host))
+            engine.claim.release()
+            engine.claim = None
         self._changed()
 
     def _changed(self) -> None:
