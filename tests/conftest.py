@@ -1,6 +1,11 @@
-"""The order of the suite."""
+"""The order of the suite, and how long an example may take."""
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A machine that stands still for a moment makes an example slow, not wrong.
+settings.register_profile("agentrl", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("agentrl")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
