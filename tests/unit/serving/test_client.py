@@ -271,6 +271,23 @@ async def test_control_calls_do_what_they_say(tmp_path: Path) -> None:
 
 
 @pytest.mark.asyncio
+async def test_a_control_call_never_meets_a_connection_that_the_server_is_closing() -> None:
+    used: set[asyncio.Transport] = set()
+
+    async def answer_once_per_connection(request: web.Request) -> web.StreamResponse:
+        assert isinstance(request.transport, asyncio.Transport)
+        if request.transport in used:  # as when its time was up while the request was on its way
+            request.transport.abort()
+        used.add(request.transport)
+        return web.json_response({})
+
+    async with serving(answer_once_per_connection) as url, client_of(url) as client:
+        for _ in range(2):
+            await client.pause("in_place", timeout_s=60)
+            await client.continue_generation(timeout_s=60)
+
+
+@pytest.mark.asyncio
 async def test_a_control_call_ends_at_its_timeout() -> None:
     async with FakeSGLang(update_s=60, check_path=False) as server, client_of(server.url) as client:
         with pytest.raises(WeightSyncError, match="no answer within 0.1 s"):
