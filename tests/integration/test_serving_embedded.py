@@ -64,7 +64,7 @@ async def test_an_engine_killed_in_mid_generation_costs_nothing_and_returns_with
 
             # SIGKILL one engine while it generates.
             ears.forget()
-            tasks = [group.create_task(rollout(index, 300)) for index in range(6)]
+            tasks = [group.create_task(rollout(index, 250)) for index in range(6)]
             await until(lambda: ears.heard(6))
             victim = fleet.processes()[0]
             assert victim["pid"] is not None
@@ -72,7 +72,7 @@ async def test_an_engine_killed_in_mid_generation_costs_nothing_and_returns_with
             announced = policies[1]  # the restarted engine must come up at version 1, though it starts from version 0's files
             for generation in await asyncio.gather(*tasks):
                 assert len(generation.ids) == len(generation.logprobs) == len(generation.versions)
-                assert (generation.finish, len(generation.ids)) == ("length", 300)
+                assert (generation.finish, len(generation.ids)) == ("length", 250)
                 assert generation.versions == sorted(generation.versions)
                 assert set(generation.versions) <= {0, 1}
             assert manager.counters()["continuations"] > 0
@@ -111,7 +111,7 @@ async def test_an_in_place_update_under_load_labels_every_token(tmp_path: Path, 
         async with asyncio.TaskGroup() as group:
             loops = [group.create_task(loop) for loop in (fleet.run(), reconciler.run())]
             await until(lambda: bool(manager.urls) and reconciler.is_settled)
-            tasks = [group.create_task(rollout(index, 1500)) for index in range(4)]
+            tasks = [group.create_task(rollout(index, 800)) for index in range(4)]
             await until(lambda: ears.heard(4))
             for record in policies[1:]:
                 announced = record
