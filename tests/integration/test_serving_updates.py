@@ -84,7 +84,6 @@ async def test_every_mode_keeps_generations_and_labels_true_and_a_broken_policy_
             ears.forget()
             tasks = [group.create_task(rollout(index)) for index in range(6)]
             await until(lambda: ears.heard(6))
-            assert all(stats.requests_in_flight > 0 for stats in manager.stats())
             announced = record(version, paths[version])
             await until(lambda reconciler=reconciler: is_settled(reconciler))
             generations = await asyncio.gather(*tasks)
