@@ -15,6 +15,9 @@ from typing import NoReturn
 
 import psutil
 
+KEEP_ALIVE_S = 75
+"""Our servers keep an idle connection for so long: longer than clients would use it again (aiohttp 15 s, httpx 5 s), because what is
+sent into a connection that is just being closed is lost. Uvicorn's own 5 s is not."""
 _PR_SET_PDEATHSIG = 1
 # Loaded before any fork: a child between fork and exec must not import.
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -48,12 +51,12 @@ def free_port(host: str) -> int:
         return int(probe.getsockname()[1])
 
 
-class ReservedPort:
-    """A TCP port for a server that starts later: until ``close`` the system gives it to nobody who asks for any free one.
+class ClaimedPort:
+    """A free TCP port that the kernel gives nobody else until `close`: for a server that is started now and listens seconds later.
 
-    A server that takes seconds to start would otherwise find it taken, or worse: what answers there meanwhile is somebody else's.
-    It is bound and not listened on, which on Linux leaves room for a server with ``SO_REUSEADDR``, as servers set it. Elsewhere that
-    server would be refused, so there the port was merely free a moment ago.
+    Bound but not listening. On Linux a server that binds this very port may still have it, as servers set SO_REUSEADDR; those that take
+    any free port (0), and outgoing connections, are given others. Elsewhere that server would be refused, so there the port was merely
+    free a moment ago.
     """
 
     def __init__(self, host: str) -> None:
@@ -65,7 +68,7 @@ class ReservedPort:
             self._socket.close()
 
     def close(self) -> None:
-        """Give it up; safe to call twice."""
+        """Safe to call twice."""
         self._socket.close()
 
 

@@ -32,7 +32,7 @@ from agentrl.assembly.stalls import DISK_LOW_BYTES, free_bytes
 from agentrl.assembly.watchdog import Watchdog
 from agentrl.config import Config, dump_config
 from agentrl.errors import AgentRLError, ConfigError
-from agentrl.process import ReservedPort, die_with_parent
+from agentrl.process import ClaimedPort, die_with_parent
 from agentrl.stream.server import EmbeddedServer
 from agentrl.telemetry.run_dir import RunDir
 
@@ -71,8 +71,8 @@ class Child:
     command: list[str]
     env: dict[str, str]
     log_path: Path
-    reserved: ReservedPort | None = None
-    """Where it listens, now and after every restart."""
+    claim: ClaimedPort | None = None
+    """Its port where others hold the address: its own from before it listens until the run ends."""
     process: subprocess.Popen[bytes] | None = None
     starts: list[float] = field(default_factory=list[float])
 
@@ -159,6 +159,9 @@ def run(config: Config, arguments: Sequence[str], *, tick: Callable[[RunDir], No
         ended.set()
         evaluations.stop()
         _shut_down(children, directory, stop, guard)
+        for child in children:
+            if child.claim is not None:
+                child.claim.close()
         if server is not None:
             server.stop()
             directory.deregister("redis")
@@ -191,13 +194,9 @@ def _child(directory: RunDir, config: Config, role: str, arguments: Sequence[str
     env = {**os.environ, "TOKENIZERS_PARALLELISM": "false", SUPERVISED_VARIABLE: "1"}
     env["OMP_NUM_THREADS"] = str(config.learn.threads if role == "learn" else 1)
     command = [sys.executable, "-m", "agentrl"]
-    reserved = None
-    if role == "sandbox":
-        reserved = ReservedPort("127.0.0.1")  # kept across restarts: tools hold the address
-        command += sandbox_arguments(config, directory, port=reserved.number)
-    else:
-        command += [role, *arguments]
-    return Child(role, command, env, directory.logs / f"{role}.log", reserved)
+    claim = ClaimedPort("127.0.0.1") if role == "sandbox" else None
+    command += [role, *arguments] if claim is None else sandbox_arguments(config, directory, port=claim.number)
+    return Child(role, command, env, directory.logs / f"{role}.log", claim)
 
 
 def _supervise(

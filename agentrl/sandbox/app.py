@@ -22,6 +22,7 @@ from pydantic import BaseModel
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from agentrl.errors import ConfigError, SandboxError
+from agentrl.process import KEEP_ALIVE_S
 from agentrl.rate_limit import RateLimit
 from agentrl.sandbox.admission import Admission
 from agentrl.sandbox.job import MIB, Limits
@@ -273,6 +274,7 @@ def run_app(app: FastAPI, *, drain_s: float, host: str = "", port: int = 0, sock
             http="h11",  # bounds a request's head; httptools, which uvicorn prefers, does not
             log_level="warning",
             access_log=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=max(1, round(drain_s)),
         )
     )

@@ -24,6 +24,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from agentrl.errors import AgentRLError, ConfigError
+from agentrl.process import KEEP_ALIVE_S
 from agentrl.serving.embedded.checkpoint import CheckpointReader
 from agentrl.serving.embedded.continuous_batching import ContinuousBatch
 from agentrl.serving.embedded.engine import Engine
@@ -170,8 +171,9 @@ def serve(args: argparse.Namespace) -> int:
         raise ConfigError(f"cannot listen on {args.host}:{args.port} ({error}): choose another port, or 0.") from error
     engine, app = build(args)
     config = uvicorn.Config(
-        app, http="h11", log_level=args.log_level, access_log=False, lifespan="off", timeout_graceful_shutdown=SHUTDOWN_GRACE_S
-    )
+        app, http="h11", log_level=args.log_level, access_log=False, lifespan="off", timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=SHUTDOWN_GRACE_S,
+    )  # fmt: skip
     server = _Server(config)
 
     def stop_serving() -> None:

@@ -26,7 +26,7 @@ import aiohttp
 import psutil
 
 from agentrl.errors import StalledError
-from agentrl.process import ReservedPort, start_time
+from agentrl.process import ClaimedPort, start_time
 from agentrl.serving.server_manager import AsyncLLMServerManager
 from agentrl.serving.sglang_client import SGLangClient
 
@@ -157,11 +157,15 @@ class _Engine:
     index: int
     spec: EngineSpec
     log_path: Path
-    port: int = 0
-    reserved: ReservedPort | None = None
+    claim: ClaimedPort | None = None
+    """Its port, kept over restarts: an engine loads for seconds or minutes before it listens."""
     process: asyncio.subprocess.Process | None = None
     started: float | None = None
     deaths: deque[float] = field(default_factory=deque[float])
+
+    @property
+    def port(self) -> int:
+        return self.claim.number if self.claim is not None else 0
 
     def url(self, host: str) -> str:
         return f"http://{host}:{self.port}"
@@ -258,8 +262,6 @@ class EngineFleet:
         finally:
             await self._stop(engine)
             self._forget(engine)
-            if engine.reserved is not None:
-                engine.reserved.close()
 
     async def _serve_until_death(self, engine: _Engine, session: aiohttp.ClientSession) -> str:
         """Returns how it ended."""
@@ -312,12 +314,10 @@ class EngineFleet:
         return wait_s
 
     async def _start(self, engine: _Engine) -> None:
-        if engine.reserved is None or not _is_free(self._host, engine.port):
-            if engine.reserved is not None:
-                self._forget(engine)
-                engine.reserved.close()
-            engine.reserved = ReservedPort(self._host)
-            engine.port = engine.reserved.number
+        if engine.claim is not None and not _is_free(self._host, engine.port):
+            self._forget(engine)
+        if engine.claim is None:
+            engine.claim = ClaimedPort(self._host)
         port = engine.port
         command = engine.spec.command(self._host, port)
         env = {**os.environ, **engine.spec.environment()}
@@ -352,8 +352,10 @@ class EngineFleet:
         await process.wait()
 
     def _forget(self, engine: _Engine) -> None:
-        if engine.port:
+        if engine.claim is not None:
             self._manager.remove_server(engine.url(self._host))
+            engine.claim.close()
+            engine.claim = None
         self._changed()
 
     def _changed(self) -> None:

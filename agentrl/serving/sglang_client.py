@@ -544,6 +544,8 @@ class SGLangClient:
         data = None if body is None else orjson.dumps(body)
         # Generation requests authenticate with the data key; /model_info, /server_info and /v1/loads do too.
         headers = self._headers if method == "GET" else self._admin_headers
+        # A connection each: one that idles is closed by the server after seconds (uvicorn: 5), and a POST sent at that moment fails.
+        headers = {**headers, "Connection": "close"}
         scope = asyncio.timeout(timeout_s)
         try:
             async with (

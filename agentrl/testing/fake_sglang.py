@@ -11,8 +11,8 @@ Without ``token_latency_s`` a generation is one chunk and no sleep: that is the 
         server.crash_after(tokens=5)
         server.stall_after(tokens=5)
 
-As a process of its own: ``python -m agentrl.testing.fake_sglang --port P --weight-version base``; ``--help`` lists what can be
-scripted there.
+As a process of its own: ``python -m agentrl.testing.fake_sglang --port P --weight-version base``, which says ``LISTENING <url>`` as
+the embedded engine does (port 0 is a free one); ``--help`` lists what can be scripted there.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import hmac
 import math
 import os
 import random
+import sys
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -784,6 +785,8 @@ async def _serve(args: argparse.Namespace) -> None:
     )
     server.exit_after_tokens = args.exit_after_tokens
     async with server:
+        sys.stdout.write(f"LISTENING {server.url}\n")
+        sys.stdout.flush()
         await asyncio.get_running_loop().create_future()
 
 

@@ -10,7 +10,10 @@ from typing import Any
 
 import aiohttp
 
-SETTLE_TIMEOUT_S = 30.0
+from agentrl.serving.load_policy import parse_loads
+
+SETTLE_TIMEOUT_S = 120.0
+"""Of waits that take a moment on a quiet machine."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Running:
 
     async def finished(self) -> Output:
         assert self.output is not None
-        return await asyncio.wait_for(self.output, 60)
+        return await asyncio.wait_for(self.output, 250)
 
 
 def params(max_new_tokens: int, **more: Any) -> dict[str, Any]:
@@ -67,7 +70,7 @@ class Api:
     @classmethod
     @asynccontextmanager
     async def connect(cls, url: str) -> AsyncIterator["Api"]:
-        timeout = aiohttp.ClientTimeout(total=90)
+        timeout = aiohttp.ClientTimeout(total=250)
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(url, timeout=timeout, connector=connector) as session:
             yield cls(session)
@@ -135,7 +138,7 @@ class Api:
 
     async def begin_and_wait(self, prompt: Sequence[int], max_new_tokens: int, **how: Any) -> Running:
         running = self.begin(prompt, max_new_tokens, **how)
-        await asyncio.wait_for(running.began.wait(), 30)
+        await asyncio.wait_for(running.began.wait(), SETTLE_TIMEOUT_S)
         assert not running.is_done, "the request ended before the test could act on it"
         return running
 
@@ -147,6 +150,15 @@ class Api:
         """Wait until ``count`` requests generate."""
         async with asyncio.timeout(SETTLE_TIMEOUT_S):
             while (await self.load())["num_running_reqs"] != count:
+                await asyncio.sleep(0.02)
+
+    async def num_held(self) -> int:
+        """Requests that the server has, running or not."""
+        return parse_loads((await self.get("/v1/loads"))[1]).total
+
+    async def until_held(self, count: int) -> None:
+        async with asyncio.timeout(SETTLE_TIMEOUT_S):
+            while await self.num_held() != count:
                 await asyncio.sleep(0.02)
 
     async def version(self) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 ROOT = Path(__file__).parents[2]
-START_TIMEOUT_S = 150.0
+START_TIMEOUT_S = 250.0
 FAKE_VOCAB_SIZE = 1024
 """As many tokens as the tiny models have."""
 
@@ -54,7 +54,7 @@ def process(command: list[str], *, log: Path, env: dict[str, str]) -> Iterator[s
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, 15)
         try:
-            child.wait(timeout=10)
+            child.wait(timeout=60)
         except subprocess.TimeoutExpired:
             os.killpg(child.pid, 9)
             child.wait()
@@ -69,12 +69,7 @@ def embedded(model: Path, folder: Path) -> Iterator[Server]:
     command = [sys.executable, "-m", "agentrl.serving.embedded_engine", "--model-path", str(model), "--port", "0"]
     command += ["--weight-version", "v0", "--seed", "0", "--parent-pid", str(os.getpid())]
     with process(command, log=log, env={**os.environ, "OMP_NUM_THREADS": "1"}) as child:
-        assert child.stdout is not None
-        readable, _, _ = select.select([child.stdout], [], [], START_TIMEOUT_S)
-        line = child.stdout.readline() if readable else ""
-        if not line.startswith("LISTENING "):
-            raise AssertionError(f"embedded engine said {line!r} instead of LISTENING:\n{log.read_text()[-2000:]}")
-        yield Server("embedded", line.split()[1])
+        yield Server("embedded", _url_it_says(child, log))
 
 
 @contextmanager
@@ -88,18 +83,27 @@ def sglang(model: Path, folder: Path) -> Iterator[Server]:
     flags = ["--weight-version", "v0", "--skip-tokenizer-init", "--disable-overlap-schedule", "--log-level", "warning"]
     command = [str(ROOT / "tests/rigs/sglang/serve.sh"), str(Path(venv).resolve()), str(model), str(port), *flags]
     with process(command, log=log, env={**os.environ, "OMP_NUM_THREADS": "1"}) as child:
-        yield Server("sglang", _url_once_ready(child, port, log, look_every_s=0.5))
+        yield Server("sglang", _url_once_ready(child, port, log))
 
 
 @contextmanager
 def fake(model: Path, folder: Path) -> Iterator[Server]:
     """The scripted SGLang in a process of its own, sampling from a function in place of a model."""
-    log, port = folder / "fake.log", _free_port()
-    command = [sys.executable, "-m", "agentrl.testing.fake_sglang", "--port", str(port), "--weight-version", "v0"]
-    command += ["--sample-vocab-size", str(FAKE_VOCAB_SIZE), "--context-length", "4096", "--token-latency-s", "0.001"]
+    log = folder / "fake.log"
+    command = [sys.executable, "-m", "agentrl.testing.fake_sglang", "--port", "0", "--weight-version", "v0"]
+    command += ["--sample-vocab-size", str(FAKE_VOCAB_SIZE), "--context-length", "4096", "--token-latency-s", "0.002"]
     command += ["--no-incremental-streaming-output"]
     with process(command, log=log, env={**os.environ, "OMP_NUM_THREADS": "1"}) as child:
-        yield Server("fake", _url_once_ready(child, port, log, look_every_s=0.05))
+        yield Server("fake", _url_it_says(child, log))
+
+
+def _url_it_says(child: subprocess.Popen[str], log: Path) -> str:
+    assert child.stdout is not None
+    readable, _, _ = select.select([child.stdout], [], [], START_TIMEOUT_S)
+    line = child.stdout.readline() if readable else ""
+    if not line.startswith("LISTENING "):
+        raise AssertionError(f"the server said {line!r} instead of LISTENING:\n{log.read_text()[-3000:]}")
+    return line.split()[1]
 
 
 def _free_port() -> int:
@@ -107,13 +111,13 @@ def _free_port() -> int:
         return free.getsockname()[1]
 
 
-def _url_once_ready(child: subprocess.Popen[str], port: int, log: Path, *, look_every_s: float) -> str:
+def _url_once_ready(child: subprocess.Popen[str], port: int, log: Path) -> str:
     url = f"http://127.0.0.1:{port}"
     give_up = time.monotonic() + START_TIMEOUT_S
     while not _is_ready(url):
         if child.poll() is not None or time.monotonic() > give_up:
             raise AssertionError(f"the server did not start (exit code {child.poll()}):\n{log.read_text()[-3000:]}")
-        time.sleep(look_every_s)
+        time.sleep(0.5)
     return url
 
 

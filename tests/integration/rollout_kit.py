@@ -9,6 +9,7 @@ from agentrl.errors import SandboxError, ToolError
 from agentrl.plugins import tool
 from agentrl.protocols import TokenListener, ToolResult
 from agentrl.rollout.trajectory_builder import TrajectoryBuilder
+from agentrl.testing.clock import pass_time
 from agentrl.types import Generation, GroupClose, SampledTokens, SamplingParams, Task, Trajectory
 
 
@@ -19,6 +20,8 @@ class Say:
     text: str
     finish: str = "stop"
     seconds: float = 0.0
+    passes: float = 0.0
+    """Seconds that pass at once while it is said; at least as many are needed to say it then."""
     error: Exception | None = None
     version: int = 3
     change: dict[str, Any] = field(default_factory=dict)
@@ -51,7 +54,9 @@ class ScriptedGenerator:
         done = self.generations.setdefault(trajectory_id, [])
         self.requests.append((trajectory_id, list(ids), sampling))
         say = self.script(trajectory_id, len(done), ids)
-        await asyncio.sleep(say.seconds)
+        if say.passes:
+            asyncio.get_running_loop().call_soon(pass_time, say.passes)
+        await asyncio.sleep(max(say.seconds, 2 * say.passes))
         if say.error is not None:
             raise say.error
         sampled = self.tokenizer.encode(say.text, add_special_tokens=False)
@@ -84,7 +89,8 @@ async def calculator(expression: str) -> str:
     if expression == "fail":
         raise SandboxError("the sandbox is gone")
     if expression == "sleep":
-        await asyncio.sleep(30)
+        asyncio.get_running_loop().call_soon(pass_time, 200)
+        await asyncio.sleep(3600)
     try:
         return str(sum(int(x) for x in expression.split("+")))
     except ValueError:

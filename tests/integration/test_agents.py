@@ -29,6 +29,7 @@ from agentrl.rollout.proxy.host import ProxyHost, proxy_host
 from agentrl.rollout.reward import Scorer
 from agentrl.rollout.toolbox import Toolbox
 from agentrl.telemetry.trajectory_log import from_record, read_records
+from agentrl.testing.clock import pass_time
 from agentrl.testing.tiny_model import make_tiny_model, make_tiny_tokenizer
 from agentrl.types import SamplingParams, Task
 
@@ -129,7 +130,10 @@ ask(question)
 open({str(pids)!r}, "w").write(f"{{os.getpid()}} {{child.pid}}")
 import time; time.sleep(600)
 """
-    rollout = await play(code, "7", limits=Limits(rollout_timeout_s=4), grace_s=0.2)
+    playing = asyncio.create_task(play(code, "7", limits=Limits(rollout_timeout_s=280), grace_s=0.2))
+    await until_written(pids, by=playing)
+    pass_time(280)
+    rollout = await playing
     assert (rollout.trajectory.stop, rollout.trajectory.reward) == ("deadline", 1.0)
     assert_gone(pids)
     # The same after a normal end: what an agent leaves behind is nobody's.
@@ -143,12 +147,25 @@ open({str(pids)!r}, "w").write(f"{{os.getpid()}} {{child.pid}}")
     assert_gone(pids)
 
 
+async def until_written(pids: Path, *, by: asyncio.Task[Rollout]) -> None:
+    while not pids.is_file() or not pids.read_text():
+        assert not by.done(), by.result()
+        await asyncio.sleep(0.01)
+
+
 def assert_gone(pids: Path) -> None:
-    end = time.monotonic() + 10
+    end = time.monotonic() + 120
     for pid in map(int, pids.read_text().split()):
-        while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        while is_alive(pid):
             assert time.monotonic() < end, f"pid {pid} is still there"
             time.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.mark.asyncio
@@ -156,8 +173,7 @@ async def test_a_cancelled_rollout_takes_its_agent_along(tmp_path: Path) -> None
     pids = tmp_path / "pids"
     code = f"open({str(pids)!r}, 'w').write(str(os.getpid()))\nimport time; time.sleep(600)"
     task = asyncio.create_task(play(code))
-    while not pids.is_file() or not pids.read_text():
-        await asyncio.sleep(0.01)
+    await until_written(pids, by=task)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -182,7 +198,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Generator[tuple[str, Pat
         yield line.split()[1], model
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(120)
 
 
 def config_file(folder: Path, engine: tuple[str, Path], **sections: Any) -> Path:
@@ -276,7 +292,8 @@ def test_a_program_with_the_openai_sdk_is_run_per_task_and_recorded(tmp_path: Pa
     program = tmp_path / "agent.py"
     program.write_text(AGENT)
     heard = tmp_path / "heard.jsonl"
-    path = config_file(tmp_path, engine, agent={"reward": "exit_code"})
+    # Greedy: what is sampled may be an end of turn at once, and then nothing is streamed.
+    path = config_file(tmp_path, engine, agent={"reward": "exit_code"}, serve={"temperature": 0.0})
     arguments = ["agent", "run", "-c", str(path), "--n", "2", "--samples", "1", "--name", "mine", "--json"]
     result = CliRunner().invoke(app, [*arguments, "--", sys.executable, str(program), str(heard), "a=b"])
     assert result.exit_code == 0, result.output

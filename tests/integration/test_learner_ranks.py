@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from agentrl.process import ReservedPort
+from agentrl.process import ClaimedPort
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 250.0
@@ -54,7 +54,7 @@ def start(rank: int, port: int, *, behaviour: str, timeout_s: float) -> subproce
 def test_a_rank_whose_sibling_is_gone_says_so_with_the_limit_and_what_to_do(
     behaviour: str, timeout_s: float, code: int | None
 ) -> None:
-    with closing(ReservedPort("127.0.0.1")) as port:
+    with closing(ClaimedPort("127.0.0.1")) as port:
         check_what_rank_0_says(port.number, behaviour, timeout_s, code)
 
 

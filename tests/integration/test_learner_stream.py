@@ -79,7 +79,7 @@ def learn(
     run_learning(
         source, BatchBuilder(groups_per_step=2, max_staleness=max_staleness), make_learner(tiny_dir(directory), team, lr=1e-3),
         Checkpoints(directory / "checkpoints"), WeightPublisher(directory / "weights"), source.announce,
-        num_steps=num_steps, save_every=2, stall_timeout_s=30, prefetch=True, async_save=async_save,
+        num_steps=num_steps, save_every=2, stall_timeout_s=250, prefetch=True, async_save=async_save,
     )  # fmt: skip
 
 
@@ -155,7 +155,7 @@ def test_reading_ahead_and_strict_admission_never_wait_for_each_other(
         learn(client, team, tmp_path, num_steps=4, max_staleness=0, async_save=async_save)
     finally:
         producer.stopping.set()
-        producer.join(30)
+        producer.join(250)
     fresh = [g for g in range(10) if g not in (3, 6)]
     assert [producer.versions[g] for g in fresh] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert sorted(trained(tmp_path)) == sorted(i for g in fresh for i in random_group(g, size=2).close.members)

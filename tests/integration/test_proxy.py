@@ -19,6 +19,7 @@ from agentrl.rollout.proxy.session import Session
 from agentrl.rollout.reward import Scorer
 from agentrl.rollout.toolbox import Toolbox
 from agentrl.stream.codec import decode, encode
+from agentrl.testing.clock import pass_time
 from agentrl.testing.tiny_model import make_tiny_tokenizer
 from agentrl.types import SamplingParams, Task
 
@@ -247,6 +248,22 @@ async def test_two_sessions_at_once_are_kept_apart_by_their_keys() -> None:
             assert (await raw.get("/health")).json() == {"status": "ok", "sessions": 0}
             nowhere = await raw.get("/v1/nothing")
             assert (nowhere.status_code, nowhere.json()["error"]["type"]) == (404, "not_found_error")
+
+
+@pytest.mark.asyncio
+async def test_a_connection_is_kept_for_an_agent_that_thinks_longer_than_clients_keep_theirs() -> None:
+    async with proxy_host(ProxyHost(AgentCommand(argv=["true"]))) as host:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(host.url.rpartition(":")[2]))
+        for _ in range(2):
+            writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            async with asyncio.timeout(250):
+                head = await reader.readuntil(b"\r\n\r\n")
+                assert head.startswith(b"HTTP/1.1 200"), head
+                await reader.readexactly(int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0]))
+            pass_time(20)
+            for _ in range(20):
+                await asyncio.sleep(0.001)
+        writer.close()
 
 
 @pytest.mark.asyncio

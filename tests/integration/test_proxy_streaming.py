@@ -76,7 +76,7 @@ async def ask(client: Any, messages: list[Any], **more: Any) -> Any:
     return await client.chat.completions.create(model="policy", messages=messages, **more)
 
 
-async def until(condition: Callable[[], bool], limit_s: float = 30.0) -> None:
+async def until(condition: Callable[[], bool], limit_s: float = 250.0) -> None:
     async with asyncio.timeout(limit_s):
         while not condition():
             await asyncio.sleep(0.002)

@@ -199,13 +199,13 @@ async def test_too_many_invalid_calls_end_the_rollout() -> None:
 
 @pytest.mark.asyncio
 async def test_the_rollouts_deadline_ends_it_scored_on_what_was_written() -> None:
-    limits = Limits(rollout_timeout_s=0.2)
-    (slow_model, generator) = await play(call("3+4"), Say("#### 7", seconds=30), limits=limits)
+    limits = Limits(rollout_timeout_s=200)
+    (slow_model, generator) = await play(call("3+4"), Say("#### 7", passes=200), limits=limits)
     assert (slow_model.trajectory.stop, slow_model.episode.num_turns, slow_model.trajectory.reward) == ("deadline", 1, 0.0)
-    (slow_tool, _) = await play(call("sleep"), limits=limits, tools=toolbox(timeout_s=60))
+    (slow_tool, _) = await play(call("sleep"), limits=limits, tools=toolbox(timeout_s=1000))
     assert (slow_tool.trajectory.stop, slow_tool.episode.calls) == ("deadline", ())
     with pytest.raises(DeadlineExceeded) as caught:  # nothing was sampled: nothing to train on
-        await play(Say("x", seconds=30), limits=limits)
+        await play(Say("x", passes=200), limits=limits)
     assert_tokens_are_what_was_sampled(slow_model, generator)
     assert isinstance(caught.value.partial, Rollout)
     assert current_waits() == {}
@@ -214,7 +214,7 @@ async def test_the_rollouts_deadline_ends_it_scored_on_what_was_written() -> Non
 @pytest.mark.asyncio
 async def test_a_turns_deadline_is_an_infrastructure_failure() -> None:
     with pytest.raises(DeadlineExceeded, match="turn did not finish") as caught:
-        await play(call("3+4"), Say("#### 7", seconds=30), limits=Limits(turn_timeout_s=0.1))
+        await play(call("3+4"), Say("#### 7", passes=101), limits=Limits(turn_timeout_s=100))
     partial = caught.value.partial
     assert isinstance(partial, Rollout)
     assert (partial.trajectory.stop, partial.trajectory.reward, partial.episode.num_turns) == ("error:deadline", 0.0, 1)
@@ -222,9 +222,9 @@ async def test_a_turns_deadline_is_an_infrastructure_failure() -> None:
 
 @pytest.mark.asyncio
 async def test_a_tools_timeout_is_the_models_to_read() -> None:
-    (rollout, generator) = await play(call("sleep"), "#### 7", tools=toolbox(timeout_s=0.05))
+    (rollout, generator) = await play(call("sleep"), "#### 7", tools=toolbox(timeout_s=100))
     assert (rollout.trajectory.stop, rollout.episode.calls[0].error_kind) == ("answered", "timeout")
-    assert "did not finish within 0.05 s" in TOKENIZER.decode(generator.requests[1][1])
+    assert "did not finish within 100 s" in TOKENIZER.decode(generator.requests[1][1])
 
 
 @pytest.mark.asyncio

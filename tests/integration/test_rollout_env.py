@@ -19,6 +19,7 @@ from agentrl.rollout.reward import Scorer
 from agentrl.rollout.toolbox import Toolbox
 from agentrl.stream.codec import decode, encode
 from agentrl.supervise import current_waits
+from agentrl.testing.clock import pass_time
 from agentrl.testing.tiny_model import make_tiny_tokenizer
 from agentrl.types import Episode, SamplingParams, Score, Task
 
@@ -43,7 +44,9 @@ class Sure(Env):
         self.events.append(f"reply to {episode.texts[-1]}")
         if error := self.changes.get("error"):
             raise error
-        await asyncio.sleep(self.changes.get("seconds", 0))
+        if hangs := self.changes.get("hangs", 0):
+            asyncio.get_running_loop().call_soon(pass_time, hangs)
+        await asyncio.sleep(2 * hangs)
         return self.changes.get("reply", "Sure?") if sum(e.startswith("reply") for e in self.events) == 1 else None
 
     async def score(self, episode: Episode) -> Score:
@@ -130,7 +133,7 @@ async def test_tools_and_replies_share_one_conversation() -> None:
     ("change", "match"),
     [
         ({"error": KeyError("bug")}, "Sure.reply raised KeyError"),
-        ({"seconds": 30}, "Sure.reply did not finish within 0.1 s"),
+        ({"hangs": 100}, "Sure.reply did not finish within 100 s"),
         ({"reply": 7}, "returned int"),
         ({"reply": Reply(text="x", reward=float("nan"))}, "the reward nan"),
     ],
@@ -138,7 +141,7 @@ async def test_tools_and_replies_share_one_conversation() -> None:
 async def test_an_environment_that_fails_fails_the_rollout_and_is_closed(change: dict[str, Any], match: str) -> None:
     env = Sure(**change)
     with pytest.raises(EnvError, match=match) as caught:
-        await play(env, "maybe", env_timeout_s=0.1)
+        await play(env, "maybe", env_timeout_s=100)
     assert env.events[-1] == "close state of t/0/0/0"
     assert "score" not in env.events
     assert isinstance(caught.value.partial, Rollout)
@@ -148,15 +151,15 @@ async def test_an_environment_that_fails_fails_the_rollout_and_is_closed(change:
 
 @pytest.mark.asyncio
 async def test_the_environment_is_closed_when_the_rollout_is_cancelled_or_out_of_time() -> None:
-    env = Sure(seconds=30)
-    rollout, _ = await play(env, "maybe", rollout_timeout_s=0.2)
+    env = Sure(hangs=200)
+    rollout, _ = await play(env, "maybe", rollout_timeout_s=200, env_timeout_s=1000)
     assert (rollout.trajectory.stop, env.events[-2:]) == ("deadline", ["score", "close state of t/0/0/0"])
     stuck = Sure()
     with pytest.raises(DeadlineExceeded):
-        await play(stuck, Say("x", seconds=30), rollout_timeout_s=0.1)
+        await play(stuck, Say("x", passes=200), rollout_timeout_s=200)
     assert stuck.events == ["open t/0/0/0", "close state of t/0/0/0"]
-    running = Sure(seconds=30)
-    task = asyncio.create_task(play(running, "maybe"))
+    running = Sure(hangs=200)
+    task = asyncio.create_task(play(running, "maybe", env_timeout_s=1000))
     while not any(e.startswith("reply") for e in running.events):
         await asyncio.sleep(0)
     assert "env:Sure" in current_waits()

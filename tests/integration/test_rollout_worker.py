@@ -13,6 +13,7 @@ from agentrl.rollout import worker as worker_module
 from agentrl.rollout.group import GroupPlan, run_group
 from agentrl.rollout.worker import RolloutWorker
 from agentrl.supervise import current_waits, running
+from agentrl.testing.clock import pass_time
 from agentrl.types import GroupClose, Task, Trajectory
 
 Play = Callable[[int, int, int], Awaitable[None]]
@@ -45,10 +46,11 @@ async def group(play: Play, stream: MemoryStream, *, plan: GroupPlan | None = No
 
 @pytest.mark.asyncio
 async def test_each_trajectory_is_put_as_it_finishes_and_the_close_comes_last() -> None:
-    async def play(ordinal: int, sample: int, attempt: int) -> None:
-        await asyncio.sleep(0.02 * (3 - sample))
-
     stream = MemoryStream()
+
+    async def play(ordinal: int, sample: int, attempt: int) -> None:
+        await until(lambda: len(stream.trajectories) == 3 - sample)
+
     close = await group(play, stream)
     assert stream.events == ["t0/0/3/0", "t0/0/2/0", "t0/0/1/0", "t0/0/0/0", "t0/0/close"]
     assert (close.size, close.failed) == (4, {})
@@ -101,10 +103,15 @@ async def test_a_greedy_rollout_that_fails_leaves_the_group_without_a_baseline_a
 
 @pytest.mark.asyncio
 async def test_the_groups_deadline_closes_it_without_the_stragglers() -> None:
-    async def play(ordinal: int, sample: int, attempt: int) -> None:
-        await asyncio.sleep(30 if sample == 2 else 0)
+    stream = MemoryStream()
 
-    close = await group(play, MemoryStream(), plan=GroupPlan(size=4, timeout_s=0.1))
+    async def play(ordinal: int, sample: int, attempt: int) -> None:
+        if sample == 2:
+            await until(lambda: len(stream.trajectories) == 3)
+            pass_time(200)
+            await asyncio.sleep(3600)
+
+    close = await group(play, stream, plan=GroupPlan(size=4, timeout_s=200))
     assert close.failed == {"t0/0/2/0": "group_deadline"}
     assert len(close.members) == 3
 
@@ -113,9 +120,15 @@ async def test_the_groups_deadline_closes_it_without_the_stragglers() -> None:
 async def test_the_groups_deadline_does_not_cut_a_finished_member_that_waits_for_the_stream() -> None:
     stream = MemoryStream()
     stream.room.clear()
-    asyncio.get_running_loop().call_later(0.2, stream.room.set)
-    close = await group(succeed, stream, plan=GroupPlan(size=2, timeout_s=0.05))
-    assert len(close.members) == 2
+    async with asyncio.TaskGroup() as tasks:
+        closing = tasks.create_task(group(succeed, stream, plan=GroupPlan(size=2, timeout_s=200)))
+        await until(lambda: "stream" in current_waits() and current_waits()["stream"].count == 2)
+        pass_time(200)
+        for _ in range(20):
+            await asyncio.sleep(0.001)
+        assert not closing.done()
+        stream.room.set()
+    assert len(closing.result().members) == 2
 
 
 @pytest.mark.asyncio
@@ -166,7 +179,7 @@ async def test_permits_come_back_after_success_failure_and_cancellation() -> Non
         await started
     await asyncio.sleep(0)
     for _ in range(2):
-        await asyncio.wait_for(permits.acquire(), 1)
+        await asyncio.wait_for(permits.acquire(), 60)
 
 
 @pytest.mark.asyncio
@@ -196,7 +209,7 @@ def make_worker(stream: MemoryStream, play: Play = succeed, **settings: Any) -> 
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(1000):
         while not condition():
             await asyncio.sleep(0.002)
 
@@ -303,7 +316,7 @@ async def test_drain_lets_open_groups_finish_and_starts_no_others() -> None:
     worker = make_worker(stream, lambda *_: asyncio.sleep(0.05), max_staleness=50, pipeline_depth=50)
     async with running(worker=worker.run()):
         await until(lambda: worker.status()["running_rollouts"] == 8)
-        await worker.drain(limit_s=5)
+        await worker.drain(limit_s=200)
         assert sorted(stream.closes) == [0, 1, 2, 3]
         assert worker.status()["draining"]
 
@@ -313,12 +326,15 @@ async def test_drain_cuts_what_does_not_finish_and_leaves_it_open_for_the_next_s
     stream = MemoryStream()
 
     async def play(ordinal: int, sample: int, attempt: int) -> None:
-        await asyncio.sleep(30 if sample == 1 else 0)
+        await asyncio.sleep(3600 if sample == 1 else 0)
 
     worker = make_worker(stream, play, max_staleness=50, pipeline_depth=50, in_flight=4)
     async with running(worker=worker.run()):
         await until(lambda: worker.status()["finished"] >= 2)
-        await worker.drain(limit_s=0.05)
+        draining = asyncio.create_task(worker.drain(limit_s=200))
+        await until(lambda: worker.status()["draining"])
+        pass_time(200)
+        await draining
     assert stream.closes == {}
     before = dict(stream.trajectories)
     await make_worker(stream, max_staleness=50, pipeline_depth=50, last_ordinal=2).run()
@@ -387,5 +403,5 @@ async def test_a_bug_in_a_rollout_stops_the_worker_with_its_error() -> None:
     worker = make_worker(MemoryStream(), play)
     with pytest.raises(BaseExceptionGroup) as caught:
         async with running(worker=worker.run()):
-            await asyncio.sleep(5)
+            await asyncio.sleep(200)
     assert caught.value.subgroup(KeyError) is not None

@@ -20,7 +20,7 @@ from rollout_kit import MemoryStream
 from agentrl import supervise
 from agentrl.errors import RolloutError
 from agentrl.plugins import tool
-from agentrl.process import ReservedPort
+from agentrl.process import ClaimedPort
 from agentrl.protocols import ToolContext
 from agentrl.rollout.agent_loop import Limits, Rollout, run_rollout
 from agentrl.rollout.chat_template import ChatTemplate
@@ -347,7 +347,7 @@ def interpreter(url: str, *, timeout_s: float, **config: Any) -> Toolbox:
 
 
 async def test_without_a_sandbox_rollouts_fail_as_infrastructure_and_nothing_is_scored() -> None:
-    with contextlib.closing(ReservedPort("127.0.0.1")) as nobody:
+    with contextlib.closing(ClaimedPort("127.0.0.1")) as nobody:
         tools = interpreter(f"http://127.0.0.1:{nobody.number}", timeout_s=PLENTY_S)
         async with (
             FakeSGLang(label=LABEL, sampler=Policy("code_interpreter", code="print(7)")) as server,

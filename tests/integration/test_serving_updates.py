@@ -1,30 +1,24 @@
 """Weight updates under load on real embedded engines, in every mode, and what happens when no engine can load them."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from engine_kit import Ears, make_endless_model, until
 from safetensors.torch import load_file, save_file
 
 from agentrl.serving.engine_process import EmbeddedEngineSpec, EngineFleet
 from agentrl.serving.server_manager import AsyncLLMServerManager
 from agentrl.serving.weight_reconciler import PolicyProblem, UpdateMode, WeightReconciler
-from agentrl.testing.tiny_model import make_tiny_model
 from agentrl.types import Generation, PolicyRecord, SamplingParams
 from agentrl.weights.digest import weights_digest
 
 TOLERANCE = 1e-4
-NUM_TOKENS = 250
+NUM_TOKENS = 300
 MODES: Sequence[UpdateMode] = ("retract", "abort", "rolling", "in_place")
-
-
-async def until(condition: Callable[[], bool], limit_s: float = 60.0) -> None:
-    async with asyncio.timeout(limit_s):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 def prompt(index: int) -> list[int]:
@@ -47,12 +41,12 @@ def off_by(models: dict[int, Any], index: int, generation: Generation) -> float:
 
 @pytest.mark.slow
 @pytest.mark.asyncio
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 async def test_every_mode_keeps_generations_and_labels_true_and_a_broken_policy_is_rolled_back(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    paths = [make_tiny_model(tmp_path / f"v{version}", seed=version, num_layers=1) for version in range(len(MODES) + 2)]
-    broken = make_tiny_model(tmp_path / "broken", seed=99, num_layers=1)
+    paths = [make_endless_model(tmp_path / f"v{version}", seed=version) for version in range(len(MODES) + 2)]
+    broken = make_endless_model(tmp_path / "broken", seed=99)
     tensors = load_file(broken / "model.safetensors")
     tensors["model.norm.weight"][3] = float("nan")
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
@@ -62,6 +56,7 @@ async def test_every_mode_keeps_generations_and_labels_true_and_a_broken_policy_
         return PolicyRecord(run_epoch=1, version=version, path=str(path), digest=weights_digest(path))
 
     announced = record(0, paths[0])
+    ears = Ears()
 
     async def read_policy() -> PolicyRecord:
         return announced
@@ -74,24 +69,26 @@ async def test_every_mode_keeps_generations_and_labels_true_and_a_broken_policy_
 
         async def rollout(index: int) -> Generation:
             sampling = SamplingParams(max_new_tokens=NUM_TOKENS)
-            return await manager.generate(prompt(index), sampling, trajectory_id=f"t{index}", group_id=f"g{index}", deadline=120)
+            return await manager.generate(
+                prompt(index), sampling, trajectory_id=f"t{index}", group_id=f"g{index}", deadline=280, on_tokens=ears[index]
+            )
 
         def is_settled(reconciler: WeightReconciler) -> bool:
             return reconciler.target == announced and reconciler.is_settled
 
         for version, mode in enumerate(MODES, start=1):
-            reconciler = WeightReconciler(manager, read_policy=read_policy, mode=mode, poll_s=0.01)
+            reconciler = WeightReconciler(manager, read_policy=read_policy, mode=mode, poll_s=0.01, drain_timeout_s=280)
             loop = group.create_task(reconciler.run())
             await until(lambda reconciler=reconciler: is_settled(reconciler))
             served = sum(stats.tokens_served for stats in manager.stats())
+            ears.forget()
             tasks = [group.create_task(rollout(index)) for index in range(6)]
-            await until(lambda: all(stats.requests_in_flight > 0 for stats in manager.stats()))
-            await asyncio.sleep(0.2)
+            await until(lambda: ears.heard(6))
             announced = record(version, paths[version])
             await until(lambda reconciler=reconciler: is_settled(reconciler))
             generations = await asyncio.gather(*tasks)
             for index, generation in enumerate(generations):
-                assert len(generation.ids) == NUM_TOKENS or generation.finish == "stop"
+                assert (generation.finish, len(generation.ids)) == ("length", NUM_TOKENS)
                 assert generation.versions == sorted(generation.versions)
                 assert set(generation.versions) <= {version - 1, version}
                 if mode != "in_place":  # there the rest is sampled on the old weights' keys and values
@@ -112,14 +109,15 @@ async def test_every_mode_keeps_generations_and_labels_true_and_a_broken_policy_
         )
         loop = group.create_task(reconciler.run())
         await until(lambda: is_settled(reconciler))
+        ears.forget()
         tasks = [group.create_task(rollout(index)) for index in range(6)]
-        await until(lambda: all(stats.requests_in_flight > 0 for stats in manager.stats()))
+        await until(lambda: ears.heard(6))
         announced = record(len(MODES) + 1, broken)
         await until(lambda: reconciler.num_rollbacks == 1)
         after = await rollout(7)
         for generation in [*await asyncio.gather(*tasks), after]:
             assert set(generation.versions) == {last.version}
-            assert len(generation.ids) == NUM_TOKENS or generation.finish == "stop"
+            assert (generation.finish, len(generation.ids)) == ("length", NUM_TOKENS)
         assert off_by(models, 7, after) < TOLERANCE
         assert problems[0] is not None
         assert "NaN or infinity in model.norm.weight" in problems[0].error

@@ -1,43 +1,37 @@
-"""Ports of servers that start later."""
+"""Ports that are chosen before they are listened on."""
 
+import errno
 import socket
-import struct
-import sys
+from collections.abc import Iterator
 
 import pytest
 
-from agentrl.process import ReservedPort
-
-IP_LOCAL_PORT_RANGE = 51
-"""Of Linux 6.3: which ports the system may choose from for this socket."""
+from agentrl.process import ClaimedPort
 
 
-def test_a_reserved_port_takes_a_server_again_and_again_and_refuses_who_connects_meanwhile() -> None:
-    reserved = ReservedPort("127.0.0.1")
+@pytest.fixture
+def claim() -> Iterator[ClaimedPort]:
+    claim = ClaimedPort("127.0.0.1")
+    yield claim
+    claim.close()
+
+
+def test_a_claimed_port_is_free_for_the_server_that_binds_it_by_number_again_and_again(claim: ClaimedPort) -> None:
     for _ in range(2):
-        with socket.create_server(("127.0.0.1", reserved.number)):
-            socket.create_connection(("127.0.0.1", reserved.number)).close()
-        with pytest.raises(ConnectionRefusedError):
-            socket.create_connection(("127.0.0.1", reserved.number))
-    reserved.close()
-    reserved.close()
+        with (
+            socket.create_server(("127.0.0.1", claim.number)) as server,
+            socket.create_connection(("127.0.0.1", claim.number), timeout=60) as client,
+        ):
+            accepted, _ = server.accept()
+            accepted.close()
+            assert client.recv(1) == b""
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a bound port would be refused to its own server, too")
-def test_the_system_gives_a_reserved_port_to_nobody_else() -> None:
-    def any_free_port() -> int:
-        with socket.socket() as other:
-            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            only = struct.pack("=I", reserved.number << 16 | reserved.number)
-            try:
-                other.setsockopt(socket.IPPROTO_IP, IP_LOCAL_PORT_RANGE, only)
-            except OSError:
-                pytest.skip("this kernel cannot narrow the choice to one port")
-            other.bind(("127.0.0.1", 0))
-            return int(other.getsockname()[1])
-
-    reserved = ReservedPort("127.0.0.1")
-    with pytest.raises(OSError, match="in use"):
-        any_free_port()
-    reserved.close()
-    assert any_free_port() == reserved.number
+def test_a_claimed_port_is_in_use_for_everybody_else_until_it_is_released(claim: ClaimedPort) -> None:
+    with socket.socket() as other:
+        with pytest.raises(OSError) as caught:  # noqa: PT011
+            other.bind(("127.0.0.1", claim.number))
+        assert caught.value.errno == errno.EADDRINUSE
+        claim.close()
+        other.bind(("127.0.0.1", claim.number))
+    claim.close()

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeAlias
 import uvicorn
 
 from agentrl.errors import AgentError
+from agentrl.process import KEEP_ALIVE_S
 from agentrl.rollout.agent_loop import AgentHost, RolloutState
 from agentrl.rollout.proxy.agent_process import AgentCommand, AgentExit, run_agent
 from agentrl.rollout.proxy.app import Sessions, create_app
@@ -133,6 +134,7 @@ async def proxy_host(host: ProxyHost, *, bind: str = "127.0.0.1", port: int = 0)
             access_log=False,
             lifespan="off",
             ws="none",
+            timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=SHUTDOWN_GRACE_S,
         )
         server = _Server(config)

@@ -17,7 +17,7 @@ from agentrl.learner.learner import Learner
 from agentrl.learner.loop import run_learning
 from agentrl.learner.weight_publisher import WeightPublisher
 
-DEADLINE_S = 60.0
+DEADLINE_S = 250.0
 
 
 class Gate:

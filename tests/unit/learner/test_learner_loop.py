@@ -97,7 +97,7 @@ def test_a_stop_request_ends_with_a_checkpoint_and_leaves_the_rest_on_the_stream
 def test_waiting_too_long_names_what_is_missing_and_saves_what_was_learned(rig: Rig) -> None:
     waits: list[str] = []
     with pytest.raises(StalledError, match=r"trainer waits: group \(step 7: 0 collected, 2 per step"):
-        rig.run(num_steps=7, save_every=50, stall_timeout_s=0.05, on_wait=lambda reason, _: waits.append(reason))
+        rig.run(num_steps=7, save_every=50, stall_timeout_s=0.05, prefetch=False, on_wait=lambda reason, _: waits.append(reason))
     assert waits[0] == "group"
     assert len(rig.trained()) == 24
 
@@ -160,7 +160,7 @@ def test_an_idle_learner_makes_room_on_the_stream_before_its_checkpoint_is_due(r
         rig.source.groups += [later.pop(0), later.pop(0)] if later else []
 
     monkeypatch.setattr(rig.source, "commit", commit_and_refill)
-    rig.run(num_steps=3, save_every=50, stall_timeout_s=5)
+    rig.run(num_steps=3, save_every=50, stall_timeout_s=250)
     assert [len(ids) for ids in rig.source.commits] == [4, 4, 4]
     assert len(rig.trained()) == 12
 
@@ -191,7 +191,7 @@ class AdmittedSource(MemorySource):
 def test_a_stale_group_frees_its_place_at_once_or_generation_and_training_would_wait_for_each_other(rig: Rig) -> None:
     stale, fresh = random_group(0, size=2, version=5), [random_group(g, size=2) for g in (1, 2)]
     rig.source = AdmittedSource([stale, *fresh])
-    rig.run(num_steps=1, max_staleness=0, stall_timeout_s=5.0)
+    rig.run(num_steps=1, max_staleness=0, stall_timeout_s=250)
     assert rig.source.progress == [1, 3]
     assert {o for i, o in rig.source.acknowledged.items() if i in stale.close.members} == {"stale"}
     assert sorted(rig.trained()) == sorted(i for g in fresh for i in g.close.members)

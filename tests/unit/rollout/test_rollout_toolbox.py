@@ -13,6 +13,7 @@ from agentrl.rollout import toolbox as toolbox_module
 from agentrl.rollout.tool_loading import load_tools
 from agentrl.rollout.tool_parsers import ParseFailure
 from agentrl.rollout.toolbox import Observation, Toolbox
+from agentrl.testing.clock import pass_time
 from agentrl.testing.tiny_model import make_tiny_tokenizer
 from agentrl.types import Task, ToolCall
 
@@ -29,6 +30,15 @@ async def sleep(seconds: float) -> str:
     """Sleep."""
     await asyncio.sleep(seconds)
     return "slept"
+
+GATES = []
+
+@tool(timeout_s=100)
+async def gated() -> str:
+    """Waits to be let go."""
+    GATES.append(asyncio.Event())
+    await GATES[-1].wait()
+    return "through"
 
 async def add(a: int, b: int = 1) -> str:
     """Add."""
@@ -274,9 +284,20 @@ async def test_long_results_are_cut_in_tokens_on_the_asked_side(project: Path) -
 
 @pytest.mark.asyncio
 async def test_concurrency_is_bounded_and_waiting_for_a_place_is_not_the_calls_time(project: Path) -> None:
-    box = make(project, {"use": "mytools:sleep", "concurrency": 1})
-    results = await ask(box, *[call("sleepy", seconds=0.03) for _ in range(4)])
-    assert [r.text for r in results] == ["slept"] * 4
+    from agentrl.plugins import load_object
+
+    box = make(project, {"use": "mytools:gated", "concurrency": 1})
+    gates = load_object("mytools:GATES", root=project)
+    async with asyncio.TaskGroup() as group:
+        asked = group.create_task(ask(box, *[call("gated") for _ in range(4)]))
+        for n in range(4):
+            async with asyncio.timeout(3600):
+                while len(gates) == n:
+                    await asyncio.sleep(0.001)
+            pass_time(60)  # of 100, for the one that runs and those that wait alike
+            assert len(gates) == n + 1
+            gates[n].set()
+    assert [r.text for r in asked.result()] == ["through"] * 4
 
 
 @pytest.mark.asyncio

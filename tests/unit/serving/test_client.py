@@ -229,10 +229,13 @@ async def test_ids_outside_the_vocabulary_never_reach_the_server() -> None:
 @pytest.mark.asyncio
 async def test_a_cancelled_generation_ends_at_the_engine() -> None:
     async with FakeSGLang(token_latency_s=0.005) as server, client_of(server.url) as client:
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.1):
-                await client.generate(PROMPT, SamplingParams(max_new_tokens=10_000), rid="a" * 32)
-        async with asyncio.timeout(5):
+        asked = asyncio.ensure_future(client.generate(PROMPT, SamplingParams(max_new_tokens=10_000), rid="a" * 32))
+        async with asyncio.timeout(120):
+            while server.num_tokens < 10:
+                await asyncio.sleep(0.005)
+            asked.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asked
             while server.num_live:
                 await asyncio.sleep(0.005)
         assert server.num_disconnects == 1
@@ -242,29 +245,46 @@ async def test_a_cancelled_generation_ends_at_the_engine() -> None:
 async def test_control_calls_do_what_they_say(tmp_path: Path) -> None:
     async with FakeSGLang(api_key="data", admin_key="admin") as server:
         async with client_of(server.url, api_key="data", admin_key="admin") as client:
-            info = await client.describe(timeout_s=5)
+            info = await client.describe(timeout_s=60)
             assert (info.label, info.digest, info.is_embedded) == ("default", None, False)
-            await client.pause("retract", timeout_s=5)
-            assert not await client.is_ready(timeout_s=5)
+            await client.pause("retract", timeout_s=60)
+            assert not await client.is_ready(timeout_s=60)
             await client.update_weights_from_disk(
-                str(tmp_path), label="e1-v1", flush_cache=True, expected_digest="x", timeout_s=5
+                str(tmp_path), label="e1-v1", flush_cache=True, expected_digest="x", timeout_s=60
             )
-            await client.continue_generation(timeout_s=5)
-            assert await client.is_ready(timeout_s=5)
-            assert await client.is_healthy(timeout_s=5)
-            assert (await client.model_info(timeout_s=5)).label == "e1-v1"
-            assert (await client.loads(timeout_s=5))["loads"][0]["num_running_reqs"] == 0
-            assert await client.weights_checksum(timeout_s=5) is not None
-            await client.flush_cache(timeout_s=5)
-            await client.abort("b" * 32, timeout_s=5)
+            await client.continue_generation(timeout_s=60)
+            assert await client.is_ready(timeout_s=60)
+            assert await client.is_healthy(timeout_s=60)
+            assert (await client.model_info(timeout_s=60)).label == "e1-v1"
+            assert (await client.loads(timeout_s=60))["loads"][0]["num_running_reqs"] == 0
+            assert await client.weights_checksum(timeout_s=60) is not None
+            await client.flush_cache(timeout_s=60)
+            await client.abort("b" * 32, timeout_s=60)
             assert "expected_digest" not in server.updates[0]
             with pytest.raises(WeightSyncError, match="does not exist"):
-                await client.update_weights_from_disk("/nowhere", label="e1-v2", flush_cache=True, timeout_s=5)
+                await client.update_weights_from_disk("/nowhere", label="e1-v2", flush_cache=True, timeout_s=60)
         async with client_of(server.url, api_key="wrong") as client:
             with pytest.raises(WeightSyncError, match="401"):
-                await client.pause("abort", timeout_s=5)
+                await client.pause("abort", timeout_s=60)
             with pytest.raises(EngineUnavailable, match="401"):
                 await client.generate(PROMPT, TEN, rid="a" * 32)
+
+
+@pytest.mark.asyncio
+async def test_a_control_call_never_meets_a_connection_that_the_server_is_closing() -> None:
+    used: set[asyncio.Transport] = set()
+
+    async def answer_once_per_connection(request: web.Request) -> web.StreamResponse:
+        assert isinstance(request.transport, asyncio.Transport)
+        if request.transport in used:  # as when its time was up while the request was on its way
+            request.transport.abort()
+        used.add(request.transport)
+        return web.json_response({})
+
+    async with serving(answer_once_per_connection) as url, client_of(url) as client:
+        for _ in range(2):
+            await client.pause("in_place", timeout_s=60)
+            await client.continue_generation(timeout_s=60)
 
 
 @pytest.mark.asyncio

@@ -60,7 +60,7 @@ async def connected(script: Script, *, stall_s: float | None = None) -> AsyncGen
     server = await asyncio.start_server(script.serve, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     connections = EngineConnections(
-        URL(f"http://127.0.0.1:{port}/base/generate?x=1"), headers={"X-Key": "k"}, connect_timeout_s=10, stall_timeout_s=stall_s
+        URL(f"http://127.0.0.1:{port}/base/generate?x=1"), headers={"X-Key": "k"}, connect_timeout_s=120, stall_timeout_s=stall_s
     )
     try:
         async with server:
@@ -72,7 +72,7 @@ async def connected(script: Script, *, stall_s: float | None = None) -> AsyncGen
 
 async def ask(connections: EngineConnections, body: bytes = b"{}") -> tuple[Head, bytes]:
     pieces: list[bytes] = []
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(120):
         head = await connections.post(body, lambda _: pieces.append)
     return head, b"".join(pieces)
 
@@ -130,7 +130,7 @@ async def test_a_connection_that_the_server_closed_meanwhile_is_not_used_again()
     async with connected(script) as connections:
         await ask(connections)
         await script.gone.wait()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(120):
             while connections._idle[0].can_be_kept:  # pyright: ignore[reportPrivateUsage]
                 await asyncio.sleep(0)
         assert (await ask(connections))[1] == b"hello"
@@ -195,7 +195,7 @@ async def test_a_cancelled_request_closes_its_connection() -> None:
 
     async with connected(script) as connections:
         request = asyncio.create_task(connections.post(b"{}", read))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(120):
             await arrived.wait()
             request.cancel()
             await asyncio.wait([request])

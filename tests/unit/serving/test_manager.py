@@ -12,6 +12,7 @@ from agentrl.errors import DeadlineExceeded, GenerationError
 from agentrl.serving.routing import Overload
 from agentrl.serving.server_manager import NO_POLICY, AsyncLLMServerManager
 from agentrl.serving.server_state import CircuitBreaker
+from agentrl.testing.clock import pass_time
 from agentrl.testing.fake_sglang import FakeSGLang, pseudo_logprob, pseudo_tokens
 from agentrl.types import Generation, SamplingParams
 
@@ -45,7 +46,7 @@ async def ask(
     num_tokens: int = 20,
     trajectory: str = "t",
     group: str = "g",
-    deadline: float = 20.0,
+    deadline: float = 120.0,
     prompt: list[int] | None = None,
 ) -> Generation:
     sampling = SamplingParams(max_new_tokens=num_tokens)
@@ -53,7 +54,7 @@ async def ask(
     return await manager.generate(ids, sampling, trajectory_id=trajectory, group_id=group, deadline=deadline)
 
 
-async def until(condition: Callable[[], bool], limit_s: float = 10.0) -> None:
+async def until(condition: Callable[[], bool], limit_s: float = 120.0) -> None:
     async with asyncio.timeout(limit_s):
         while not condition():
             await asyncio.sleep(0.002)
@@ -83,7 +84,7 @@ async def test_a_crash_in_mid_generation_continues_elsewhere_with_the_tokens_kep
 
 @pytest.mark.asyncio
 async def test_a_server_killed_under_load_loses_no_generation() -> None:
-    async with fleet(3, latency_s=0.001) as (manager, servers):
+    async with fleet(3, latency_s=0.001, breaker_reset_s=600.0) as (manager, servers):
 
         async def rollout(index: int) -> None:
             prompt = [index, 1, 2]
@@ -116,9 +117,9 @@ async def test_an_abort_by_a_pause_resumes_with_the_partial_generation() -> None
         async with asyncio.TaskGroup() as group:
             asked = group.create_task(ask(manager, num_tokens=30))
             await until(lambda: servers[0].num_tokens >= 5)
-            await client.pause("abort", timeout_s=5)
+            await client.pause("abort", timeout_s=60)
             await until(lambda: len(servers[0].requests) == 2)
-            await client.continue_generation(timeout_s=5)
+            await client.continue_generation(timeout_s=60)
         assert asked.result().ids == pseudo_tokens(PROMPT, 30)
         assert len(servers[0].requests[1]["input_ids"]) >= 8
 
@@ -127,10 +128,11 @@ async def test_an_abort_by_a_pause_resumes_with_the_partial_generation() -> None
 async def test_a_server_that_never_answers_ends_at_the_deadline() -> None:
     async with fleet(1) as (manager, servers):
         servers[0].stall()
-        started = asyncio.get_running_loop().time()
-        with pytest.raises(DeadlineExceeded, match=r"generation \(waiting for server\) did not finish within 0.2 s"):
-            await ask(manager, deadline=0.2)
-        assert asyncio.get_running_loop().time() - started < 2
+        asked = asyncio.ensure_future(ask(manager, deadline=200))
+        await until(lambda: servers[0].num_live == 1)
+        pass_time(200)
+        with pytest.raises(DeadlineExceeded, match=r"generation \(waiting for server\) did not finish within 200 s"):
+            await asked
         assert in_flight(manager) == [(0, 0)]
         assert manager.wait_reason() is None
         await until(lambda: servers[0].num_live == 0)
@@ -352,7 +354,7 @@ async def test_servers_come_drain_and_go_while_requests_run() -> None:
             manager.set_verified(extra.url, V0)
             manager.drain(servers[0].url)
             fresh = tasks.create_task(ask(manager, trajectory="new", group="h"))
-            assert await manager.wait_drained(servers[0].url, timeout_s=10)
+            assert await manager.wait_drained(servers[0].url, timeout_s=120)
         assert running.result().server == servers[0].url
         assert fresh.result().server == extra.url
         manager.undrain(servers[0].url)
@@ -423,7 +425,7 @@ async def test_counters_return_to_zero_after_a_storm_of_cancellations(seed: int)
         assert manager.num_parked() == 0
         assert manager.wait_reason() is None
         await until(lambda: all(server.num_live == 0 for server in servers))
-        assert (await ask(manager, deadline=10)).ids == pseudo_tokens(PROMPT, 20)
+        assert (await ask(manager)).ids == pseudo_tokens(PROMPT, 20)
 
 
 @pytest.mark.asyncio

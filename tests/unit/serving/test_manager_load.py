@@ -12,6 +12,7 @@ from agentrl.serving.load_policy import ConcurrencyPolicy
 from agentrl.serving.retry_budget import RetryBudget
 from agentrl.serving.server_manager import AsyncLLMServerManager
 from agentrl.serving.waiting_room import Priority, WaitingRoom
+from agentrl.testing.clock import pass_time
 from agentrl.testing.fake_sglang import FakeSGLang, pseudo_tokens
 from agentrl.types import Generation, SamplingParams
 
@@ -40,10 +41,10 @@ async def ask(
     manager: AsyncLLMServerManager, name: str, *, num_tokens: int = 10, priority: Priority = Priority.TRAINING
 ) -> Generation:
     sampling = SamplingParams(max_new_tokens=num_tokens)
-    return await manager.generate([1, 2, 3], sampling, trajectory_id=name, group_id=name, deadline=30, priority=priority)
+    return await manager.generate([1, 2, 3], sampling, trajectory_id=name, group_id=name, deadline=200, priority=priority)
 
 
-async def until(condition: Callable[[], bool], limit_s: float = 20.0) -> None:
+async def until(condition: Callable[[], bool], limit_s: float = 120.0) -> None:
     async with asyncio.timeout(limit_s):
         while not condition():
             await asyncio.sleep(0.002)
@@ -127,7 +128,7 @@ async def test_the_limit_of_a_server_follows_its_queue() -> None:
                 group.create_task(demand(index))
             await until(lambda: (manager.stats()[0].limit or 0) >= 12)
             seen: list[int] = []
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(120):
                 while len(seen) < 40:
                     seen.append(manager.stats()[0].limit or 0)
                     await asyncio.sleep(0.01)
@@ -174,7 +175,7 @@ async def test_requests_that_an_engine_lost_are_generated_elsewhere_with_their_t
 
 @pytest.mark.asyncio
 async def test_a_sick_fleet_is_not_hammered() -> None:
-    budget = RetryBudget(burst=3, per_s=0.5, per_success=0.0)
+    budget = RetryBudget(burst=3, per_s=1e-6, per_success=0.0)
     async with fleet(2, retry_budget=budget, breaker_failures=10**6, max_attempts=100) as (manager, servers):
         for server in servers:
             server.fail_next(500, times=1000)
@@ -182,13 +183,17 @@ async def test_a_sick_fleet_is_not_hammered() -> None:
         async def doomed(index: int) -> None:
             sampling = SamplingParams(max_new_tokens=5)
             with pytest.raises(DeadlineExceeded):
-                await manager.generate([1], sampling, trajectory_id=f"t{index}", group_id="g", deadline=1.0)
+                await manager.generate([1], sampling, trajectory_id=f"t{index}", group_id="g", deadline=2000)
 
-        await asyncio.gather(*(doomed(index) for index in range(20)))
-        calls = sum(len(server.requests) for server in servers)
-        # One call and one free retry each, then the bucket: 3 at once and a few more with time.
-        assert 40 <= calls <= 40 + 3 + 3
-        assert manager.counters()["delayed_retries"] > 0
+        async with asyncio.TaskGroup() as group:
+            for index in range(20):
+                group.create_task(doomed(index))
+            await until(lambda: manager.num_parked() == 20)
+            calls = sum(len(server.requests) for server in servers)
+            # One call and one free retry each, then the bucket, which holds three; time gives next to nothing here.
+            assert calls == 40 + 3
+            assert manager.counters()["delayed_retries"] >= 20
+            pass_time(2000)
         assert manager.num_parked() == 0
 
 
@@ -197,6 +202,6 @@ async def test_the_manager_at_another_priority_is_the_same_servers() -> None:
     async with fleet(1) as (manager, _):
         evaluation = manager.at(Priority.EVALUATION)
         sampling = SamplingParams(max_new_tokens=8)
-        generation = await evaluation.generate([5, 6], sampling, trajectory_id="t", group_id="g", deadline=10)
+        generation = await evaluation.generate([5, 6], sampling, trajectory_id="t", group_id="g", deadline=120)
         assert generation.ids == pseudo_tokens([5, 6], 8)
         assert manager.stats()[0].requests_served == 1

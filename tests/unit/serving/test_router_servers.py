@@ -81,7 +81,7 @@ async def session() -> AsyncIterator[aiohttp.ClientSession]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(120):
         while not condition():
             await asyncio.sleep(0.01)
 
@@ -101,7 +101,7 @@ async def test_servers_come_and_go_with_the_router_and_generate_directly(router:
                 manager.set_verified(url, LABEL)
             manager.require_version(LABEL)
             generation = await manager.generate(
-                [5, 6, 7], SamplingParams(max_new_tokens=4), trajectory_id="t", group_id="g", deadline=20
+                [5, 6, 7], SamplingParams(max_new_tokens=4), trajectory_id="t", group_id="g", deadline=120
             )
             assert list(generation.ids) == pseudo_tokens([5, 6, 7], 4)
             assert len(a.requests) + len(b.requests) == 1
@@ -165,7 +165,7 @@ async def test_a_router_given_as_a_server_is_named_when_it_refuses_control(
     router: Router, session: aiohttp.ClientSession
 ) -> None:
     with pytest.raises(WeightSyncError, match=r"/model_info answered 404.*serve\.router_url"):
-        await SGLangClient(router.url, session=session).describe(timeout_s=10)
+        await SGLangClient(router.url, session=session).describe(timeout_s=60)
 
 
 async def test_servers_are_listed_in_one_place_only() -> None:

@@ -10,6 +10,7 @@ from agentrl.serving.server_manager import AsyncLLMServerManager
 from agentrl.serving.sglang_client import PartialGeneration
 from agentrl.serving.token_relay import TokenRelay
 from agentrl.serving.waiting_room import Priority
+from agentrl.testing.clock import pass_time
 from agentrl.testing.fake_sglang import FakeSGLang, pseudo_logprob, pseudo_tokens
 from agentrl.types import Generation, SampledTokens, SamplingParams
 
@@ -34,13 +35,13 @@ class Ear:
         self.servers.append(tokens.server)
 
 
-async def until(condition: Callable[[], bool], limit_s: float = 10.0) -> None:
+async def until(condition: Callable[[], bool], limit_s: float = 120.0) -> None:
     async with asyncio.timeout(limit_s):
         while not condition():
             await asyncio.sleep(0.002)
 
 
-async def ask(manager: AsyncLLMServerManager, ear: Ear, *, num_tokens: int = 20, deadline: float = 20.0) -> Generation:
+async def ask(manager: AsyncLLMServerManager, ear: Ear, *, num_tokens: int = 20, deadline: float = 200.0) -> Generation:
     return await manager.at(Priority.EVALUATION).generate(
         PROMPT,
         SamplingParams(max_new_tokens=num_tokens),
@@ -153,8 +154,11 @@ async def test_what_was_told_outlives_a_deadline_and_a_cancellation() -> None:
         add(manager, server)
         manager.require_version(V0)
         server.hold_after(tokens=4)
+        running = asyncio.ensure_future(ask(manager, ear, deadline=200))
+        await until(lambda: len(ear.ids) == 4)
+        pass_time(200)
         with pytest.raises(DeadlineExceeded):
-            await ask(manager, ear, deadline=0.5)
+            await running
         assert ear.ids == pseudo_tokens(PROMPT, 4)
         server.hold_after(tokens=3)
         running = asyncio.ensure_future(ask(manager, ear))

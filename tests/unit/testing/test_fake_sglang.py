@@ -2,6 +2,7 @@
 
 import asyncio
 import statistics
+import subprocess
 import sys
 from contextlib import AsyncExitStack, closing
 from pathlib import Path
@@ -11,6 +12,7 @@ import aiohttp
 import pytest
 
 from agentrl.serving.sglang_client import EngineUnavailable, PartialGeneration, SGLangClient
+from agentrl.testing.clock import pass_time
 from agentrl.testing.fake_sglang import FakeSGLang, lognormal, pseudo_tokens
 from agentrl.types import SamplingParams
 
@@ -42,8 +44,8 @@ async def test_what_exceeds_the_running_requests_waits_and_the_load_says_so() ->
     async with FakeSGLang(token_latency_s=30, max_running=2, max_total_tokens=1000) as server, aiohttp.ClientSession() as session:
         tasks = [asyncio.create_task(generate(server, session, number)) for number in range(5)]
         client = SGLangClient(server.url, session=session)
-        async with asyncio.timeout(20):
-            while (load := (await client.loads(timeout_s=5))["loads"][0])["num_waiting_reqs"] < 3:
+        async with asyncio.timeout(120):
+            while (load := (await client.loads(timeout_s=60))["loads"][0])["num_waiting_reqs"] < 3:
                 await asyncio.sleep(0.01)
         for task in tasks:
             task.cancel()
@@ -74,25 +76,29 @@ async def test_a_scripted_stall_sends_its_tokens_and_then_nothing() -> None:
     async with FakeSGLang() as server, aiohttp.ClientSession() as session:
         server.stall_after(tokens=5)
         piece = PartialGeneration()
-        with closing(SGLangClient(server.url, session=session, stall_timeout_s=0.3)) as client, pytest.raises(EngineUnavailable):
-            await client.generate(PROMPT, SAMPLING, rid="0" * 32, into=piece)
+        with closing(SGLangClient(server.url, session=session, stall_timeout_s=200)) as client:
+            asked = asyncio.ensure_future(client.generate(PROMPT, SAMPLING, rid="0" * 32, into=piece))
+            async with asyncio.timeout(100):
+                while len(piece) < 5:
+                    await asyncio.sleep(0.005)
+            pass_time(200)
+            with pytest.raises(EngineUnavailable):
+                await asked
         assert piece.ids == pseudo_tokens(PROMPT, 5)
         assert (await generate(server, session, 1)).ids == pseudo_tokens(PROMPT, 64), "only the next request stalls"
 
 
 @pytest.mark.asyncio
 async def test_a_process_can_be_scripted_to_die(tmp_path: Path) -> None:
-    from agentrl.process import free_port
-
-    port = free_port("127.0.0.1")
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "agentrl.testing.fake_sglang", "--port", str(port), "--exit-after-tokens", "100",
-    )  # fmt: skip
+        sys.executable, "-m", "agentrl.testing.fake_sglang", "--port", "0", "--exit-after-tokens", "100", stdout=subprocess.PIPE
+    )
     try:
-        async with aiohttp.ClientSession() as session, asyncio.timeout(60):
-            with closing(SGLangClient(f"http://127.0.0.1:{port}", session=session)) as client:
-                while not await client.is_ready(timeout_s=2):
-                    await asyncio.sleep(0.05)
+        async with aiohttp.ClientSession() as session, asyncio.timeout(250):
+            assert process.stdout is not None
+            said, url = (await process.stdout.readline()).decode().split()
+            assert said == "LISTENING"
+            with closing(SGLangClient(url, session=session)) as client:
                 first = await client.generate(PROMPT, SAMPLING, rid="0" * 32)
                 assert len(first) == 64
                 with pytest.raises(EngineUnavailable):
