@@ -44,13 +44,6 @@ def start_time(pid: int) -> float:
         return psutil.Process(pid).create_time()
 
 
-def free_port(host: str) -> int:
-    """A TCP port that nothing listened on a moment ago."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
-
-
 class ClaimedPort:
     """A free TCP port that the kernel gives nobody else until `close`: for a server that is started now and listens seconds later.
 
@@ -66,6 +59,12 @@ class ClaimedPort:
         self.number = int(self._socket.getsockname()[1])
         if sys.platform != "linux":
             self._socket.close()
+
+    def __enter__(self) -> int:
+        return self.number
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Safe to call twice."""

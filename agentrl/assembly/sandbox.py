@@ -4,14 +4,14 @@ import asyncio
 import os
 import sys
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, get_args
 
 from agentrl.assembly.parts import SUPERVISED_VARIABLE
 from agentrl.config import Config
 from agentrl.errors import ConfigError, SandboxError
-from agentrl.process import die_with_parent, free_port
+from agentrl.process import ClaimedPort, die_with_parent
 from agentrl.supervise import deadline
 from agentrl.telemetry.run_dir import RunDir
 
@@ -41,10 +41,11 @@ def serve_sandbox(
     if tier not in get_args(TierChoice):
         raise ConfigError(f"sandbox tier={tier!r} must be one of {', '.join(get_args(TierChoice))}")
     options: dict[str, Any] = {} if rate_limit is None else {"rate_limit": rate_limit or None}
-    port = port or free_port(host)
-    if run_dir is not None:
-        RunDir(run_dir).register("sandbox", url=f"http://{host}:{port}")
-    try:
+    with ExitStack() as stack:
+        port = port or stack.enter_context(ClaimedPort(host))
+        if run_dir is not None:
+            RunDir(run_dir).register("sandbox", url=f"http://{host}:{port}")
+            stack.callback(RunDir(run_dir).deregister, "sandbox")
         serve(
             host,
             port,
@@ -58,9 +59,6 @@ def serve_sandbox(
             allow_unsafe=allow_unsafe,
             **options,
         )
-    finally:
-        if run_dir is not None:
-            RunDir(run_dir).deregister("sandbox")
 
 
 @asynccontextmanager

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import select
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from agentrl.process import ClaimedPort
 
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 250.0
@@ -78,12 +79,13 @@ def sglang(model: Path, folder: Path) -> Iterator[Server]:
     venv = os.environ.get("AGENTRL_SGLANG_VENV")
     if not venv:
         raise Unavailable("AGENTRL_SGLANG_VENV is not set; tests/rigs/sglang/install.sh makes the environment")
-    log, port = folder / "sglang.log", _free_port()
+    log = folder / "sglang.log"
     # With the overlap scheduler the first token of a new version span is still the old weights' (see DIFFERENCES).
     flags = ["--weight-version", "v0", "--skip-tokenizer-init", "--disable-overlap-schedule", "--log-level", "warning"]
-    command = [str(ROOT / "tests/rigs/sglang/serve.sh"), str(Path(venv).resolve()), str(model), str(port), *flags]
-    with process(command, log=log, env={**os.environ, "OMP_NUM_THREADS": "1"}) as child:
-        yield Server("sglang", _url_once_ready(child, port, log))
+    with ClaimedPort("127.0.0.1") as port:
+        command = [str(ROOT / "tests/rigs/sglang/serve.sh"), str(Path(venv).resolve()), str(model), str(port), *flags]
+        with process(command, log=log, env={**os.environ, "OMP_NUM_THREADS": "1"}) as child:
+            yield Server("sglang", _url_once_ready(child, port, log))
 
 
 @contextmanager
@@ -104,11 +106,6 @@ def _url_it_says(child: subprocess.Popen[str], log: Path) -> str:
     if not line.startswith("LISTENING "):
         raise AssertionError(f"the server said {line!r} instead of LISTENING:\n{log.read_text()[-3000:]}")
     return line.split()[1]
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
 
 
 def _url_once_ready(child: subprocess.Popen[str], port: int, log: Path) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from port_kit import reserved_port
+from agentrl.process import ClaimedPort
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEADLINE_S = 60.0
@@ -117,7 +117,7 @@ def running_service(*, command_prefix: list[str] | None = None, **options: Any) 
     """Start the service, wait until it is healthy, and end it with SIGTERM."""
     secret = secrets.token_hex(16)
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "API_KEY": secret}
-    with reserved_port() as port, tempfile.TemporaryFile() as stderr:  # no pipe: a full one would stop the service
+    with ClaimedPort("127.0.0.1") as port, tempfile.TemporaryFile() as stderr:  # no pipe: a full one would stop the service
         arguments = json.dumps({"host": "127.0.0.1", "port": port} | options)
         process = subprocess.Popen(
             [*(command_prefix or []), sys.executable, "-c", _SERVE, arguments], env=environment, cwd="/", stderr=stderr

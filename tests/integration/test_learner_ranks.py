@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -54,8 +53,8 @@ def start(rank: int, port: int, *, behaviour: str, timeout_s: float) -> subproce
 def test_a_rank_whose_sibling_is_gone_says_so_with_the_limit_and_what_to_do(
     behaviour: str, timeout_s: float, code: int | None
 ) -> None:
-    with closing(ClaimedPort("127.0.0.1")) as port:
-        check_what_rank_0_says(port.number, behaviour, timeout_s, code)
+    with ClaimedPort("127.0.0.1") as port:
+        check_what_rank_0_says(port, behaviour, timeout_s, code)
 
 
 def check_what_rank_0_says(port: int, behaviour: str, timeout_s: float, code: int | None) -> None:

@@ -55,22 +55,21 @@ def work(rank, world, size, case, port):
     stop_team()
 
 for case, world, size in json.loads(sys.argv[3]):
-    claim = ClaimedPort("127.0.0.1")
-    pids = []
-    for rank in range(world):
-        pid = os.fork()
-        if pid == 0:
-            try:
-                work(rank, world, size, case, claim.number)
-            except BaseException:
-                import traceback
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        pids.append(pid)
-    if any(os.waitpid(pid, 0)[1] for pid in pids):
-        sys.exit(f"a rank of {case} on {world} ranks failed")
-    claim.close()
+    with ClaimedPort("127.0.0.1") as port:
+        pids = []
+        for rank in range(world):
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    work(rank, world, size, case, port)
+                except BaseException:
+                    import traceback
+                    traceback.print_exc()
+                    os._exit(1)
+                os._exit(0)
+            pids.append(pid)
+        if any(os.waitpid(pid, 0)[1] for pid in pids):
+            sys.exit(f"a rank of {case} on {world} ranks failed")
 '''
 
 RUNS = [

@@ -347,8 +347,8 @@ def interpreter(url: str, *, timeout_s: float, **config: Any) -> Toolbox:
 
 
 async def test_without_a_sandbox_rollouts_fail_as_infrastructure_and_nothing_is_scored() -> None:
-    with contextlib.closing(ClaimedPort("127.0.0.1")) as nobody:
-        tools = interpreter(f"http://127.0.0.1:{nobody.number}", timeout_s=PLENTY_S)
+    with ClaimedPort("127.0.0.1") as nobody:
+        tools = interpreter(f"http://127.0.0.1:{nobody}", timeout_s=PLENTY_S)
         async with (
             FakeSGLang(label=LABEL, sampler=Policy("code_interpreter", code="print(7)")) as server,
             AsyncLLMServerManager() as manager,

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ import pytest
 import redis
 
 from agentrl.errors import ConfigError, StreamError
+from agentrl.process import ClaimedPort
 from agentrl.stream.server import EmbeddedServer, check_server, connect, ensure, find_server_binary, release
 
 pytestmark = pytest.mark.timeout(120)
@@ -203,19 +203,18 @@ def test_server_that_may_evict_is_refused(data_dir: Path, policy: str) -> None:
 
 
 def test_cluster_mode_is_refused(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    command = [find_server_binary()[0], "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
-    command += ["--cluster-enabled", "yes", "--cluster-port", str(port - 1 if port > 60000 else port + 1)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        client = connect(f"redis://127.0.0.1:{port}")
-        try:
-            wait_for(lambda: answers(client))
-            with pytest.raises(ConfigError, match="cluster mode"):
-                check_server(client)
-        finally:
-            process.terminate()
-            client.close()
+    with ClaimedPort("127.0.0.1") as port, ClaimedPort("127.0.0.1") as bus:
+        command = [find_server_binary()[0], "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
+        command += ["--cluster-enabled", "yes", "--cluster-port", str(bus)]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+            client = connect(f"redis://127.0.0.1:{port}")
+            try:
+                wait_for(lambda: answers(client))
+                with pytest.raises(ConfigError, match="cluster mode"):
+                    check_server(client)
+            finally:
+                process.terminate()
+                client.close()
 
 
 def test_wrong_password_is_a_config_error_that_does_not_show_it(data_dir: Path) -> None:

@@ -18,9 +18,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from port_kit import reserved_port
 
 from agentrl.errors import ConfigError
+from agentrl.process import ClaimedPort
 from agentrl.stream.connection import check_server, retry
 from agentrl.stream.consumer import TrajectoryConsumer
 from agentrl.stream.keys import Keys
@@ -38,7 +38,7 @@ RIGHTS = "on >s3cret ~arl:{urls}:* resetchannels +@all -@admin -@dangerous +info
 def running_server(*arguments: str) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
     """A plain server of the user's on a port of its own, and its process."""
     binary, _ = find_server_binary()
-    with reserved_port() as port, tempfile.TemporaryDirectory(prefix="arl-") as directory:
+    with ClaimedPort("127.0.0.1") as port, tempfile.TemporaryDirectory(prefix="arl-") as directory:
         command = [binary, *arguments, "--port", str(port), "--bind", "127.0.0.1", "--dir", directory]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         try:
@@ -171,7 +171,7 @@ def test_producer_and_learner_follow_the_master_when_it_is_killed(tmp_path: Path
     with (
         running_server(*durable) as (first, master),
         running_server(*durable, "--replicaof", "127.0.0.1", str(first)) as (second, _),
-        reserved_port() as port,
+        ClaimedPort("127.0.0.1") as port,
     ):
         watch = tmp_path / "sentinel.conf"
         watch.write_text(

@@ -15,9 +15,9 @@ from typing import Any
 
 import psutil
 import pytest
-from port_kit import reserved_port
 
 from agentrl.errors import ConfigError, ToolInfraError
+from agentrl.process import ClaimedPort
 from agentrl.rollout import mcp_server
 from agentrl.rollout.tool_loading import load_tools
 from agentrl.rollout.toolbox import Observation, Toolbox
@@ -175,7 +175,7 @@ def test_a_process_that_forgets_to_close_leaves_no_server_behind() -> None:
 
 @pytest.fixture(scope="module")
 def http_server() -> Generator[tuple[str, subprocess.Popen[bytes]]]:
-    with reserved_port() as port:
+    with ClaimedPort("127.0.0.1") as port:
         process = start_http(port)
         yield f"http://127.0.0.1:{port}/mcp", process
         process.terminate()
@@ -213,7 +213,7 @@ async def test_the_same_server_over_http_from_a_file_of_servers(
 @pytest.mark.asyncio
 async def test_an_http_server_that_goes_and_comes_back_is_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mcp_server, "RECONNECT_PAUSE_S", 0.0)
-    with reserved_port() as port:
+    with ClaimedPort("127.0.0.1") as port:
         process = start_http(port)
         try:
             async with toolbox({"mcp": {"url": f"http://127.0.0.1:{port}/mcp", "only": ["pid"]}}) as box:
