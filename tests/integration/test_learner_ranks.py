@@ -87,7 +87,9 @@ from agentrl.learner.distributed import start_team, stop_team
 from agentrl.process import end_process
 
 class Sent(bytearray):
-    def __del__(self):  # in the group's thread, the last that holds it
+    def __del__(self):
+        if threading.get_ident() == threading.main_thread().ident:
+            return  # the group's thread was done with it before this one
         released.set()
         while True:
             time.sleep(0.001)
@@ -95,8 +97,8 @@ class Sent(bytearray):
 released = threading.Event()
 start_team(device="cpu")
 kept = dist.group.WORLD  # as parameters, meshes and torch's own caches keep it
-dist.all_reduce(torch.frombuffer(Sent(8), dtype=torch.uint8), async_op=True)
-assert released.wait(200)
+while not released.wait(0.1):  # until the group's thread is the last that holds what was sent
+    dist.all_reduce(torch.frombuffer(Sent(8), dtype=torch.uint8), async_op=True)
 stop_team()
 print("done")
 end_process(3)
