@@ -180,7 +180,7 @@ class RolloutState:
             raise GenerationError(f"{generation.server} returned no tokens (finish={generation.finish})")
         segment = self.builder.segment if segment is None else segment
         start, end = self.builder.append_sampled(generation, segment=segment)
-        text = self.template.decode(generation.ids)
+        text = self.template.decode(self.builder.ids_of(segment)[start:end])  # an array already: cheaper to read than a list
         self.texts.append(text)
         self.num_turns += 1
         self.builder.add_turn(

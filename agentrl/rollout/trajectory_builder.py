@@ -4,12 +4,12 @@ Ids enter in two ways: `append_sampled` takes what an engine returned (mask True
 `append_observed` takes ids of rendered text (mask False). No id that was appended is changed, moved or removed.
 """
 
+import math
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from agentrl.errors import GenerationError
 from agentrl.types import Generation, Segment, Stop, Trajectory, Turn
@@ -22,8 +22,9 @@ class _Sampled:
     """What an engine returned for ``ids[start : start + len(logprobs)]`` of its segment."""
 
     start: int
-    logprobs: NDArray[np.float64]
-    versions: NDArray[np.int64]
+    logprobs: "array[float]"
+    versions: "array[int] | int"
+    """One number where one policy sampled it all, which is nearly always so."""
 
 
 @dataclass(slots=True)
@@ -44,7 +45,7 @@ class _OpenSegment:
     def reopened(cls, segment: Segment) -> "_OpenSegment":
         edges = np.flatnonzero(np.diff(segment.mask.astype(np.int8), prepend=0, append=0)).tolist()
         sampled = [
-            _Sampled(start, segment.logprobs[start:end].astype(np.float64), segment.versions[start:end].astype(np.int64))
+            _Sampled(start, array("d", segment.logprobs[start:end].tolist()), array("q", segment.versions[start:end].tolist()))
             for start, end in zip(edges[::2], edges[1::2], strict=True)
         ]
         return cls(prompt_length=segment.prompt_length, ids=_checked_ids(segment.ids.tolist()), sampled=sampled)
@@ -147,14 +148,16 @@ class TrajectoryBuilder:
                 f"{generation.server} returned {num_ids} ids, {num_logprobs} logprobs and {num_versions} versions; they must "
                 "match. Check that the server returns a logprob and a version for every token"
             )
-        logprobs, versions = np.array(generation.logprobs, np.float64), _as_versions(generation.versions)
-        if not np.isfinite(logprobs).all():
-            bad = logprobs[~np.isfinite(logprobs)]
-            raise GenerationError(
-                f"{generation.server} returned {len(bad)} of {num_ids} logprobs that are not finite (first: {bad[0]}). "
-                "Check the server's numerics; such a turn cannot be trained on"
-            )
-        if self._require_versions and (versions < 0).any():
+        # The sum is the quick test: it is not finite if one of them is not.
+        if not math.isfinite(sum(generation.logprobs)):
+            bad = [logprob for logprob in generation.logprobs if not math.isfinite(logprob)]
+            if bad:
+                raise GenerationError(
+                    f"{generation.server} returned {len(bad)} of {num_ids} logprobs that are not finite (first: {bad[0]}). "
+                    "Check the server's numerics; such a turn cannot be trained on"
+                )
+        versions, lowest = _as_versions(generation.versions)
+        if self._require_versions and lowest < 0:
             raise GenerationError(
                 f"{generation.server} reported no policy version for some tokens; it does not serve a policy of this run. "
                 "Wait until the reconciler has brought it to the policy record"
@@ -163,7 +166,7 @@ class TrajectoryBuilder:
         record = self._segments[segment]
         start = len(record.ids)
         record.ids.extend(ids)
-        record.sampled.append(_Sampled(start, logprobs, versions))
+        record.sampled.append(_Sampled(start, array("d", generation.logprobs), versions))
         return start, len(record.ids)
 
     def append_observed(self, ids: Sequence[int], *, segment: int = -1) -> tuple[int, int]:
@@ -229,11 +232,11 @@ class TrajectoryBuilder:
         )
 
 
-def _as_versions(versions: Sequence[int]) -> NDArray[np.int64]:
-    num_versions = len(versions)
-    if num_versions and versions.count(versions[0]) == num_versions:  # one policy sampled it all, nearly always
-        return np.full(num_versions, versions[0], np.int64)
-    return np.array(versions, np.int64)
+def _as_versions(versions: Sequence[int]) -> "tuple[array[int] | int, int]":
+    """The versions as they are kept, and the lowest of them."""
+    if versions and versions.count(versions[0]) == len(versions):
+        return versions[0], versions[0]
+    return array("q", versions), min(versions, default=0)
 
 
 def _checked_ids(ids: Sequence[int]) -> "array[int]":

@@ -88,10 +88,13 @@ class PartialGeneration:
         del self.ids[length:], self.logprobs[length:], self.labels[length:]
 
     def extend(self, other: "PartialGeneration") -> None:
-        """Append another request's tokens; the last piece decides how the whole finished."""
-        self.ids += other.ids
-        self.logprobs += other.logprobs
-        self.labels += other.labels
+        """Append another request's tokens, which are not to be changed any more; the last piece decides how the whole finished."""
+        if self.ids:
+            self.ids += other.ids
+            self.logprobs += other.logprobs
+            self.labels += other.labels
+        else:  # nearly always: one server gave it all
+            self.ids, self.logprobs, self.labels = other.ids, other.logprobs, other.labels
         self.finish, self.finish_message = other.finish, other.finish_message
 
 
