@@ -30,7 +30,6 @@ RESTARTS = int(os.environ.get("AGENTRL_CHAOS_RESTARTS", "0"))
 
 pytestmark = [
     pytest.mark.chaos,
-    pytest.mark.timeout(900),
     pytest.mark.skipif(EVENTS < 20 and not RESTARTS, reason="takes minutes: part of `make chaos`"),
 ]
 

@@ -39,7 +39,7 @@ from agentrl.telemetry.run_dir import RunDir, read_jsonl  # noqa: E402
 from agentrl.testing.stream_doubles import LossyProxy, make_close, make_trajectory  # noqa: E402
 from agentrl.types import PolicyRecord, TrajectoryGroup  # noqa: E402
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.chaos
 KEYS = Keys("faults")
 DAY_S = 86_400.0
 PATIENCE_S = 120.0

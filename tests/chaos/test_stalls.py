@@ -28,7 +28,7 @@ from agentrl.stream.server import EmbeddedServer
 from agentrl.telemetry.run_dir import RunDir
 from agentrl.testing.fake_sglang import FakeSGLang
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 LIMIT_S = 2.0
 PATIENCE_S = 120.0

@@ -33,7 +33,6 @@ post(os.environ["AGENTRL_SESSION_URL"] + "/reward", {"reward": hashlib.sha256(te
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(700)
 def test_a_black_box_agent_is_trained_and_the_audit_is_clean(tmp_path: Path, start_run: Any) -> None:
     load_object("envs.guess_number:prepare")(tmp_path, limit=8)
     values = {

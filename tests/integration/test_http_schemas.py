@@ -30,7 +30,7 @@ HTTP = settings(
 )
 ANSWER_LIMIT_S = 100.0
 
-pytestmark = pytest.mark.timeout(290 + EXAMPLES)
+pytestmark = pytest.mark.timeout(1800 + EXAMPLES)
 
 
 def operations(schema: schemathesis.BaseSchema) -> list[schemathesis.APIOperation]:

@@ -28,8 +28,6 @@ from agentrl.stream.server import EmbeddedServer, connect, connect_async, ensure
 from agentrl.telemetry.run_dir import RunDir  # noqa: E402
 from agentrl.types import TrajectoryGroup  # noqa: E402
 
-pytestmark = pytest.mark.timeout(1500)
-
 
 @pytest.fixture
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:

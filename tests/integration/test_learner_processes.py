@@ -15,8 +15,6 @@ sys.path.insert(0, str(RIG))
 
 from learner_rig import tiny_dir  # noqa: E402
 
-pytestmark = pytest.mark.timeout(1200)
-
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": f"{ROOT}{os.pathsep}{RIG}",
     "OMP_NUM_THREADS": "1",

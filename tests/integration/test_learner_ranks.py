@@ -13,7 +13,6 @@ from agentrl.process import ClaimedPort
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 250.0
 
-pytestmark = pytest.mark.timeout(600)
 
 RANK = """
 import os, signal, sys, time

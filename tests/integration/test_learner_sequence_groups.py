@@ -92,7 +92,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("case", "world", "size"), [run for run in RUNS if run[1] > 1])
 def test_ranks_that_share_rows_learn_what_one_rank_learns(results: Path, case: str, world: int, size: int) -> None:
     import torch

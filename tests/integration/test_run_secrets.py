@@ -19,7 +19,6 @@ from agentrl.serving.engine_process import EmbeddedEngineSpec
 from agentrl.telemetry.run_dir import RunDir
 from agentrl.testing.tiny_model import make_tiny_model
 
-pytestmark = pytest.mark.timeout(300)
 KEY = "a-secret-of-this-run"
 
 

@@ -34,7 +34,7 @@ from agentrl.testing.fake_sglang import FakeSGLang
 from agentrl.testing.tiny_model import EOS_TOKEN_ID, make_tiny_tokenizer
 from agentrl.types import Episode, GroupClose, SamplingParams, Task, Trajectory
 
-pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.asyncio
 
 LABEL = "e1-v4"
 PLENTY_S = 60.0

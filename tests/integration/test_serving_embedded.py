@@ -28,7 +28,6 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> list[PolicyRecord]:
 
 @pytest.mark.slow
 @pytest.mark.asyncio
-@pytest.mark.timeout(900)
 async def test_an_engine_killed_in_mid_generation_costs_nothing_and_returns_with_the_policy(
     tmp_path: Path, policies: list[PolicyRecord]
 ) -> None:
@@ -89,7 +88,6 @@ async def test_an_engine_killed_in_mid_generation_costs_nothing_and_returns_with
 
 
 @pytest.mark.asyncio
-@pytest.mark.timeout(900)
 async def test_an_in_place_update_under_load_labels_every_token(tmp_path: Path, policies: list[PolicyRecord]) -> None:
     announced = policies[0]
 

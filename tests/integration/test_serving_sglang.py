@@ -33,7 +33,6 @@ async def until(condition: Callable[[], bool], limit_s: float = 120.0) -> None:
 
 
 @pytest.mark.asyncio
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize("mode", ["in_place", "retract", "abort"])
 async def test_sglang_is_updated_under_load_killed_and_brought_back(
     tmp_path: Path, mode: Literal["in_place", "retract", "abort"]
@@ -120,7 +119,6 @@ def write_adapter(folder: Path, model: Path, *, seed: int) -> Path:
 
 
 @pytest.mark.asyncio
-@pytest.mark.timeout(400)
 async def test_sglang_serves_each_adapter_exactly_and_a_generation_keeps_its_own(tmp_path: Path) -> None:
     from agentrl.serving.embedded.checkpoint import CheckpointReader, copy_into
     from agentrl.serving.embedded_engine import load_model

@@ -53,7 +53,6 @@ def off_by(path: Path, generation: Generation) -> float:
 
 
 @pytest.mark.asyncio
-@pytest.mark.timeout(400)
 async def test_sglang_serves_exactly_what_was_broadcast_and_recovers_by_disk_from_a_dead_sender_and_a_wrong_shape(
     tmp_path: Path,
 ) -> None:

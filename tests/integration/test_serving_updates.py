@@ -41,7 +41,6 @@ def off_by(models: dict[int, Any], index: int, generation: Generation) -> float:
 
 @pytest.mark.slow
 @pytest.mark.asyncio
-@pytest.mark.timeout(900)
 async def test_every_mode_keeps_generations_and_labels_true_and_a_broken_policy_is_rolled_back(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

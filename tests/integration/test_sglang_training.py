@@ -15,10 +15,9 @@ from agentrl.telemetry.trajectory_log import read_records
 VENV = os.environ.get("AGENTRL_SGLANG_VENV")
 RIG = Path(__file__).parents[1] / "rigs" / "sglang"
 
-pytestmark = [
-    pytest.mark.timeout(600),
-    pytest.mark.skipif(VENV is None, reason="needs AGENTRL_SGLANG_VENV; `make test-sglang` installs a real SGLang and sets it"),
-]
+pytestmark = pytest.mark.skipif(
+    VENV is None, reason="needs AGENTRL_SGLANG_VENV; `make test-sglang` installs a real SGLang and sets it"
+)
 
 
 def sglang_on_cpu() -> dict[str, Any]:

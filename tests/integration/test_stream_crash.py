@@ -24,8 +24,6 @@ from agentrl.stream.producer import TrajectoryProducer
 from agentrl.stream.server import EmbeddedServer, connect, connect_async
 from agentrl.testing.stream_doubles import make_close, make_trajectory
 
-pytestmark = pytest.mark.timeout(180)
-
 KEYS = Keys("crash")
 
 

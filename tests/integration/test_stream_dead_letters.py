@@ -14,7 +14,7 @@ from agentrl.stream.producer import SIDE_KEY_BYTES, TrajectoryProducer
 from agentrl.testing.stream_doubles import make_close, make_trajectory
 from agentrl.types import Trajectory, content_digest
 
-pytestmark = [pytest.mark.timeout(120), pytest.mark.asyncio]
+pytestmark = pytest.mark.asyncio
 KEYS = Keys("dead")
 
 

@@ -19,7 +19,7 @@ from agentrl.stream.producer import TrajectoryProducer
 from agentrl.testing.stream_doubles import make_trajectory
 from agentrl.types import GroupClose, Task, group_id_of
 
-pytestmark = [pytest.mark.timeout(180), pytest.mark.asyncio]
+pytestmark = pytest.mark.asyncio
 
 KEYS = Keys("leases")
 BUDGET = 8

@@ -12,7 +12,7 @@ from agentrl.stream.lines import Lines
 from agentrl.stream.server import connect_async
 from agentrl.testing.stream_doubles import LossyProxy
 
-pytestmark = [pytest.mark.timeout(120), pytest.mark.asyncio]
+pytestmark = pytest.mark.asyncio
 ECHO = "return ARGV[1]"
 PATIENCE_S = 60.0
 SHA = hashlib.sha1(ECHO.encode(), usedforsecurity=False).hexdigest()

@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import pytest
 from rollout_kit import tiny_trajectory
 
 from agentrl.rollout.worker import RolloutWorker
@@ -22,8 +21,6 @@ from agentrl.stream.producer import TrajectoryProducer
 from agentrl.stream.server import EmbeddedServer, connect, connect_async
 from agentrl.testing.stream_doubles import make_close, make_trajectory
 from agentrl.types import Task, Trajectory
-
-pytestmark = pytest.mark.timeout(180)
 
 KEYS = Keys("tail")
 

@@ -25,7 +25,7 @@ from agentrl.stream.server import connect, connect_async
 from agentrl.testing.stream_doubles import LossyProxy, make_close, make_trajectory
 from agentrl.types import GroupClose, PolicyRecord, Trajectory, TrajectoryGroup, content_digest
 
-pytestmark = [pytest.mark.timeout(120), pytest.mark.asyncio]
+pytestmark = pytest.mark.asyncio
 
 FIRST_PAUSE_S = 0.03
 DEADLINE_S = 60.0

@@ -24,7 +24,7 @@ from agentrl.stream.server import connect_async
 from agentrl.testing.stream_doubles import make_close, make_trajectory
 from agentrl.types import Task, Trajectory, TrajectoryGroup, group_id_of, round_of
 
-pytestmark = [pytest.mark.timeout(120), pytest.mark.asyncio]
+pytestmark = pytest.mark.asyncio
 KEYS = Keys("again")
 
 

@@ -17,8 +17,6 @@ from agentrl.errors import ConfigError, StreamError
 from agentrl.process import ClaimedPort
 from agentrl.stream.server import EmbeddedServer, check_server, connect, ensure, find_server_binary, release
 
-pytestmark = pytest.mark.timeout(120)
-
 
 @pytest.fixture
 def data_dir() -> Iterator[Path]:

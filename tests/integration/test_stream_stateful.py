@@ -247,7 +247,6 @@ class StreamMachine(RuleBasedStateMachine):
         assert ledger.closes
 
 
-@pytest.mark.timeout(290)
 def test_each_trajectory_is_trained_once_whatever_dies() -> None:
     with tempfile.TemporaryDirectory(prefix="arl-") as directory:
         StreamMachine.server = EmbeddedServer(Path(directory))

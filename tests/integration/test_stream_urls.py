@@ -28,8 +28,6 @@ from agentrl.stream.producer import TrajectoryProducer
 from agentrl.stream.server import connect, connect_async, find_server_binary
 from agentrl.testing.stream_doubles import make_close, make_trajectory
 
-pytestmark = pytest.mark.timeout(180)
-
 KEYS = Keys("urls")
 RIGHTS = "on >s3cret ~arl:{urls}:* resetchannels +@all -@admin -@dangerous +info +client|setname +client|setinfo"
 

@@ -13,7 +13,7 @@ from agentrl.assembly.step_ledger import step_ledger
 from agentrl.telemetry.run_dir import read_json, read_jsonl
 from agentrl.telemetry.trajectory_log import read_records
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = pytest.mark.slow
 
 
 def test_a_policy_trained_end_to_end_earns_more_and_every_trajectory_is_token_exact(

@@ -16,7 +16,6 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_compiled_layers_learn_what_plain_ones_learn(model_dir: Path, team: Team) -> None:
     learned: list[Any] = []
     for compiled in (False, True):
@@ -33,7 +32,6 @@ def test_compiled_layers_learn_what_plain_ones_learn(model_dir: Path, team: Team
     assert_same_weights(weights, plain_weights, atol=5e-5)
 
 
-@pytest.mark.timeout(900)
 def test_a_missing_compiler_is_named(tmp_path: Path) -> None:
     code = "import torch; from agentrl.learner.compiled import check_compiler; check_compiler(torch.device('cpu'))"
     environment = os.environ | {
