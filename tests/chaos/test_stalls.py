@@ -1,7 +1,7 @@
 """Real stalls, injected into a running serve and learn: the doctor names each, and the cure is seen.
 
 From which second on a stall is one is decided by ``judge`` from what the parts report, and is tested on it. Here only the order of
-things counts: how soon a busy machine starts, halts and reports is its own affair.
+things counts: how soon a busy machine starts, halts and reports is its own affair. How soon it was, ``pytest -rP`` shows.
 """
 
 import asyncio
@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,12 +83,15 @@ class Running:
 
     def stalls(self, stage: str, *, says: str = "") -> Verdict:
         """The doctor's verdict, once it names this stage and says this: what is behind a stall may show a moment later."""
-        return until(
+        began = time.monotonic()
+        verdict: Verdict = until(
             lambda: v if (v := self.verdict()).state == "stalled" and v.stage == stage and says in v.line() else None,
             seconds=PATIENCE_S,
             name=f"stall of {stage} that says {says!r}",
             show=lambda: f"{self.verdict()}\n{json.dumps(self.directory.read_status('serve'), indent=1)[-3500:]}",
         )
+        print(f"named after {time.monotonic() - began:.1f} s, with a limit of {LIMIT_S:g} s: {verdict.line()}")
+        return verdict
 
 
 def start_learn(folder: Path, config: Path) -> Process:
