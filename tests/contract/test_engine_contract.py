@@ -304,9 +304,11 @@ async def after_an_update_in_place(
 
 async def generate_beside_a_survivor(api: Api, models: Models, extra_keys: Sequence[str | None]) -> list[Output]:
     """The same prompt again, twice, while the request that lived through the update still holds its cache."""
-    async for survivor in after_an_update_in_place(api, models, extra_keys=extra_keys, num_tokens=LONG):
+    async for survivor in after_an_update_in_place(api, models, extra_keys=extra_keys, num_tokens=ENDLESS):
         outputs = [await api.generate(PROMPT, 16, extra_key=extra_keys[1]) for _ in range(2)]
         assert not survivor.is_done, "the old request must still hold its cache for this test to mean anything"
+        await api.ok("/abort_request", rid=survivor.rid)
+        await survivor.finished()
         return outputs
     raise AssertionError
 
