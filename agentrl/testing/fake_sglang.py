@@ -492,8 +492,6 @@ class FakeSGLang:
         if live.is_lost:
             await asyncio.Event().wait()
         while not self._resumed.is_set() and not live.is_aborted:
-            if self._pause_mode == "retract" and live.num_retractions == 0:
-                live.num_retractions = 1
             await self._resumed.wait()
         if live.hold_at == len(live.ids):
             await self._let_go.wait()
@@ -545,6 +543,9 @@ class FakeSGLang:
             return _bad_request(f"unknown mode {mode}")
         self._pause_mode = mode
         self._resumed.clear()
+        if mode == "retract":
+            for live in self._live.values():
+                live.num_retractions += bool(live.ids)
         if mode == "abort":
             for live in self._live.values():
                 live.is_aborted = True

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.asyncio
 
 TOLERANCE = 1e-4
 PROMPT = [(7 * i + 11) % 1000 + 10 for i in range(45)]  # three cache pages of 16, nearly
-LONG = 600  # tokens of a request that must still run while the test acts, and then end by itself
+LONG = 1000  # tokens of a request that must still run while the test acts, and then end by itself
 ENDLESS = 3000  # the same, of one that the test ends: it may take its time
 
 
@@ -200,7 +200,7 @@ async def test_load_report_counts_running_requests_and_tokens(api: Api) -> None:
     fields = ("num_running_reqs", "num_waiting_reqs", "num_used_tokens", "max_total_num_tokens", "max_running_requests")
     assert {*fields, "token_usage", "gen_throughput", "cache_hit_rate"} <= set(idle)
     assert (idle["num_running_reqs"], idle["num_waiting_reqs"]) == (0, 0)
-    running = [await api.begin_and_wait(prompt(i), ENDLESS, rid=f"load-{i}-") for i in range(3)]
+    running = await asyncio.gather(*(api.begin_and_wait(prompt(i), ENDLESS, rid=f"load-{i}-") for i in range(3)))
     await api.until_running(3)
     busy = await api.load()
     assert 3 * len(PROMPT) <= busy["num_used_tokens"] <= 4 * (len(PROMPT) + ENDLESS)
@@ -218,7 +218,7 @@ async def test_load_report_counts_every_request_once_also_while_they_are_held(ap
             await asyncio.sleep(0.1)
             assert await api.num_held() == count
 
-    running = [await api.begin_and_wait(prompt(i), ENDLESS, rid=f"counted-{i}-") for i in range(5)]
+    running = await asyncio.gather(*(api.begin_and_wait(prompt(i), ENDLESS, rid=f"counted-{i}-") for i in range(5)))
     await api.until_held(5)
     await api.ok("/pause_generation", mode=mode)
     await stays(5)
@@ -273,7 +273,7 @@ async def test_update_without_requests_changes_the_weights_and_forgets_the_old_p
 async def test_update_in_place_keeps_the_request_and_marks_the_token_where_versions_change(
     api: Api, models: Models, reference: Reference
 ) -> None:
-    requests = [await api.begin_and_wait(prompt(i), LONG, rid=f"in-place-{i}-") for i in range(2)]
+    requests = await asyncio.gather(*(api.begin_and_wait(prompt(i), LONG, rid=f"in-place-{i}-") for i in range(2)))
     await api.ok("/pause_generation", mode="in_place")
     assert (await update(api, models, "v1", flush_cache=False))[0] == 200
     await api.ok("/continue_generation")
@@ -350,7 +350,7 @@ async def test_weight_version_as_cache_namespace_keeps_older_weights_out_after_a
 async def test_update_after_retract_continues_exactly_as_the_new_weights_would(
     api: Api, models: Models, reference: Reference
 ) -> None:
-    requests = [await api.begin_and_wait(prompt(i // 2), LONG, rid=f"retract-{i}-", after=20) for i in range(4)]
+    requests = await asyncio.gather(*(api.begin_and_wait(prompt(i // 2), LONG, rid=f"retract-{i}-", after=20) for i in range(4)))
     await api.ok("/pause_generation", mode="retract")
     assert (await update(api, models, "v1"))[0] == 200
     await api.ok("/continue_generation")
@@ -380,7 +380,7 @@ async def test_abort_pause_returns_partial_output_that_can_be_continued_under_ne
 async def test_update_without_a_pause_keeps_every_token_true_to_its_version(
     api: Api, server: Server, models: Models, reference: Reference
 ) -> None:
-    requests = [await api.begin_and_wait(prompt(i), 300, rid=f"unpaused-{i}-") for i in range(3)]
+    requests = await asyncio.gather(*(api.begin_and_wait(prompt(i), 300, rid=f"unpaused-{i}-") for i in range(3)))
     status, body = await update(api, models, "v1")
     if server.name == "sglang" and status == 400:
         assert "the cache was not flushed" in body["message"]
