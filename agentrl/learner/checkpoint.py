@@ -13,7 +13,6 @@ whoever acknowledges by the checkpoint asks `Checkpoints.is_durable` first.
 """
 
 import base64
-import contextlib
 import json
 import logging
 import os
@@ -35,7 +34,7 @@ from agentrl.errors import CheckpointError
 from agentrl.learner.background import BackgroundTask
 from agentrl.learner.best import KeepBest, best_of
 from agentrl.learner.distributed import Team
-from agentrl.learner.durable import point_link, replace_directory, sync_tree
+from agentrl.learner.durable import point_link, remove_directory, replace_directory, sync_tree
 from agentrl.learner.learner import Learner
 from agentrl.learner.model import link_or_copy, link_tree
 
@@ -368,12 +367,7 @@ class Checkpoints:
         kept = {newest, best, *steps[-self._keep :]}
         for old in steps:
             if old not in kept:
-                # Out of sight first: whoever reads it meanwhile finds that it is gone, not that it is half there.
-                hidden = self.directory / f".{old.name}.old.tmp"
-                shutil.rmtree(hidden, ignore_errors=True)
-                with contextlib.suppress(OSError):
-                    old.rename(hidden)
-                shutil.rmtree(hidden, ignore_errors=True)
+                remove_directory(old)
 
     def _newest_complete(self) -> Path | None:
         link = self.directory / LATEST

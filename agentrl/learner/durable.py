@@ -1,5 +1,6 @@
 """Files that survive a power cut, directories that appear whole or not at all."""
 
+import contextlib
 import os
 import shutil
 from collections.abc import Generator
@@ -60,9 +61,24 @@ def point_link(link: Path, target_name: str) -> None:
 
 def replace_directory(temporary: Path, final: Path) -> None:
     """As `move_into_place`, where an older directory may hold the name; it is moved aside first, then deleted."""
-    aside = final.with_name(f".{final.name}.old.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    if final.exists():
-        os.rename(final, aside)
+    aside = _move_aside(final)
     move_into_place(temporary, final)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_directory(path: Path) -> None:
+    """Delete a directory, out of sight first: whoever reads it meanwhile finds that it is gone, not that it is half there.
+
+    One that cannot be moved stays as it is.
+    """
+    with contextlib.suppress(OSError):
+        shutil.rmtree(_move_aside(path), ignore_errors=True)
+
+
+def _move_aside(path: Path) -> Path:
+    """Where it is now, if it was there."""
+    aside = path.with_name(f".{path.name}.old.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    if path.exists():
+        os.rename(path, aside)
+    return aside
