@@ -2,11 +2,11 @@
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import redis
@@ -24,6 +24,8 @@ from agentrl.stream.server import EmbeddedServer
 from agentrl.telemetry.run_dir import RunDir, read_jsonl
 from agentrl.telemetry.trajectory_log import from_record, read_records
 from agentrl.types import REQUEUED, Trajectory, content_digest
+
+T = TypeVar("T")
 
 MAX_SHOWN = 5
 
@@ -190,8 +192,8 @@ def read_lineage(run: RunDir) -> Lineage:
             lineage = Lineage(
                 checkpoint=checkpoint.name,
                 step=int(json.loads((checkpoint / "state.json").read_text())["policy_version"]),
-                trained=list(_trained(checkpoint)),
-                consumed=list(_consumed(checkpoint)),
+                trained=list(_entries(checkpoint / "trained_ids.jsonl", _trained, what="trained trajectory")),
+                consumed=list(_entries(checkpoint / "ledger.jsonl", _consumed, what="entry with step and outcome")),
             )
         except FileNotFoundError:
             if attempt == 4:
@@ -206,22 +208,20 @@ def _config_of(run: RunDir) -> Config:
     return parse_config(yaml.safe_load(run.config.read_text()), place=str(run.config))
 
 
-def _trained(checkpoint: Path) -> Iterator[Trained]:
-    path = checkpoint / "trained_ids.jsonl"
-    for number, line in enumerate(read_jsonl(path), 1):
-        try:
-            yield Trained(int(line["step"]), str(line["id"]), str(line["digest"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path}:{number} is no trained trajectory: {error!r}") from error
+def _trained(line: Mapping[str, Any]) -> Trained:
+    return Trained(int(line["step"]), str(line["id"]), str(line["digest"]))
 
 
-def _consumed(checkpoint: Path) -> Iterator[Consumed]:
-    path = checkpoint / "ledger.jsonl"
+def _consumed(line: Mapping[str, Any]) -> Consumed:
+    return Consumed(int(line["step"]), str(line["id"]), str(line["outcome"]))
+
+
+def _entries(path: Path, read: Callable[[Mapping[str, Any]], T], *, what: str) -> Iterator[T]:
     for number, line in enumerate(read_jsonl(path), 1):
         try:
-            yield Consumed(int(line["step"]), str(line["id"]), str(line["outcome"]))
+            yield read(line)
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path}:{number} is no entry with step and outcome: {error!r}") from error
+            raise DataError(f"{path}:{number} is no {what}: {error!r}") from error
 
 
 def _sampled_by_id(run: RunDir) -> Mapping[str, list[Trajectory]]:
