@@ -50,6 +50,13 @@ class FailingSpec:
         return self.env
 
 
+class SilentSpec(FailingSpec):
+    """An engine that never answers."""
+
+    def command(self, host: str, port: int) -> list[str]:
+        return [sys.executable, "-c", "import time; time.sleep(600)"]
+
+
 def fake_spec() -> SGLangEngineSpec:
     return SGLangEngineSpec(model_path="fake", command_prefix=FAKE)
 
@@ -96,12 +103,7 @@ async def test_engines_start_serve_and_end_with_the_fleet(tmp_path: Path) -> Non
 
 @pytest.mark.asyncio
 async def test_the_port_of_an_engine_that_is_still_loading_is_given_to_nobody_else(tmp_path: Path) -> None:
-    @dataclass(frozen=True)
-    class Loading(FailingSpec):
-        def command(self, host: str, port: int) -> list[str]:
-            return [sys.executable, "-c", "import time; time.sleep(600)"]
-
-    async with running([Loading(), Loading()], tmp_path) as (_, fleet, _):
+    async with running([SilentSpec(), SilentSpec()], tmp_path) as (_, fleet, _):
         await until(lambda: len(fleet.processes()) == 2)
         ports = [urlsplit(entry["url"]).port for entry in fleet.processes()]
         assert len(set(ports)) == 2
@@ -153,12 +155,7 @@ async def test_an_engine_that_keeps_dying_ends_the_fleet_with_its_log(tmp_path: 
 
 @pytest.mark.asyncio
 async def test_an_engine_that_never_answers_is_ended_at_the_limit(tmp_path: Path) -> None:
-    @dataclass(frozen=True)
-    class Silent(FailingSpec):
-        def command(self, host: str, port: int) -> list[str]:
-            return [sys.executable, "-c", "import time; time.sleep(600)"]
-
-    assert "start_timeout_s=0.3" in str(await failure_of(Silent(), tmp_path, max_deaths_per_minute=0, start_timeout_s=0.3))
+    assert "start_timeout_s=0.3" in str(await failure_of(SilentSpec(), tmp_path, max_deaths_per_minute=0, start_timeout_s=0.3))
 
 
 @pytest.mark.asyncio
