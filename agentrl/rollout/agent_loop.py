@@ -42,6 +42,8 @@ _LATE_S = 0.05
 _CALLEE_FIRST_S = 0.2
 """How long the generator may be late before it is cut off: given the chance, it says what it waited for."""
 
+_as_json = json.JSONEncoder(ensure_ascii=False).encode  # `json.dumps` makes an encoder at each call
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
@@ -260,7 +262,7 @@ class RolloutState:
                 end=end,
                 ms=observation.ms,
                 name=observation.name,
-                arguments=json.dumps(observation.arguments, ensure_ascii=False) if observation.name else observation.raw,
+                arguments=_as_json(observation.arguments) if observation.name else observation.raw,
                 ok=observation.ok,
                 error_kind=observation.error_kind,
                 text=observation.text,

@@ -75,6 +75,8 @@ class _Base(NamedTuple):
     """A dialogue that ends with a synthetic assistant turn: what everything that follows must continue."""
 
     opening: list[Message]
+    num_known: int
+    """Messages of it that the template is handed as they are: not to be looked at again."""
     text: str
     split: int
     """Position behind the marker in ``text``."""
@@ -260,14 +262,14 @@ class ChatTemplate:
 
     # Rendering
 
-    def render(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
-        """Text of messages as they are: their control tokens stay.
+    def render(self, messages: Sequence[Message], *, generation_prompt: bool, num_known: int = 0) -> str:
+        """Text of messages as they are: their control tokens stay. ``num_known``: see `TemplateRender`.
 
         Raises:
             TemplateError: the template refuses the messages.
         """
         try:
-            return self._fill(messages, generation_prompt=generation_prompt)
+            return self._fill(messages, generation_prompt=generation_prompt, num_known=num_known)
         except TemplateError:
             raise
         except Exception as error:  # a template is a program: it raises what it likes
@@ -319,7 +321,7 @@ class ChatTemplate:
 
     def _tail_after(self, kind: _Kind, messages: Sequence[Message]) -> list[int]:
         base, numbered = self._base(kind, messages)
-        full = self.render([*base.opening, *numbered], generation_prompt=True)
+        full = self.render([*base.opening, *numbered], generation_prompt=True, num_known=base.num_known)
         text, split = base.text, base.split
         kept = full[:split]
         if self.allow_rewrites and not full.startswith(text[:split]):
@@ -364,7 +366,8 @@ class ChatTemplate:
             raise TemplateError("the template does not print the assistant's turns")
         split = text.rindex(_MARKER) + len(_MARKER)
         closing = self.encode(text[split:])
-        return _Base(opening, text, split, closing, self._end_in(closing) if self._ends.closers else -1)
+        num_known = len(opening) if self._fill.is_direct(opening) else 0
+        return _Base(opening, num_known, text, split, closing, self._end_in(closing) if self._ends.closers else -1)
 
     def _require_printed(self, kind: _Kind, messages: Sequence[Message]) -> None:
         probes: list[Message] = [{**m, "content": _PROBE} for m in messages]

@@ -2,14 +2,17 @@
 
 ``transformers`` prepares everything anew at every call: it collects the special tokens, copies the tools and the template's
 settings into plain types, and looks the template up. All of that is the same for the life of a run, so it is done once here,
-and the compiled template is filled directly. So are the tools' JSON and the template's globals, and a message's field is looked up
-as what it is. This is taken only where probes at construction give the text that ``apply_chat_template`` gives, only for messages
+and the compiled template is filled directly. So are the tools' JSON and the template's globals; a message's field is looked up as
+what it is, and what the sandbox found harmless is not examined again. This is taken only where probes at construction give the text that ``apply_chat_template`` gives, only for messages
 that it would pass on as they are, and left for good otherwise.
 """
 
 import inspect
+import json
 from collections.abc import Sequence
 from typing import Any
+
+from jinja2.runtime import LoopContext
 
 from agentrl.types import Message
 
@@ -23,6 +26,8 @@ _PROBES: tuple[list[Message], ...] = (
 
 _TEXT_ONLY = {str}
 _DICT_ATTRIBUTES = frozenset(dir(dict))
+_LOOP_ATTRIBUTES = frozenset({"first", "last", "index", "index0", "revindex", "revindex0", "length", "previtem", "nextitem"})
+_JSON_PROBES = ({"é": "<&'\u2028\n\\", "b": [1, 2.5, True, None, {}, []], "a": {"c": "日本"}}, "é <b>", [], 1e22)
 
 
 class TemplateRender:
@@ -48,12 +53,16 @@ class TemplateRender:
             if all(self._agree(compiled, given, probe, prompt) for probe in _PROBES for prompt in (False, True)):
                 self._compiled, self._given = compiled, given
 
-    def __call__(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
-        """Text of the messages. Raises what the template raises."""
-        if self._compiled is None or not all(map(_is_passed_on, messages)):
+    def __call__(self, messages: Sequence[Message], *, generation_prompt: bool, num_known: int = 0) -> str:
+        """Text of the messages, the first ``num_known`` of which are known to be `is_direct`. Raises what the template raises."""
+        if self._compiled is None or not self.is_direct(messages[num_known:] if num_known else messages):
             return self._slowly(messages, generation_prompt)
         text: str = self._compiled.render(messages=messages, add_generation_prompt=generation_prompt, **self._given)
         return text
+
+    def is_direct(self, messages: Sequence[Message]) -> bool:
+        """``transformers`` would hand these messages to the template as they are."""
+        return all(map(_is_passed_on, messages))
 
     def _slowly(self, messages: Sequence[Message], generation_prompt: bool) -> str:
         return str(
@@ -93,19 +102,30 @@ def _own_environment(shared: Any, tools: list[dict[str, Any]] | None) -> Any:
     """The environment without what costs the most and gives the same each time."""
     environment = shared.overlay()
     look_up, to_json = shared.getattr, shared.filters["tojson"]
+    # What the sandbox gives as it is, for any text: all but its own `format`, and what has an underscore.
+    harmless = {
+        str: frozenset(name for name in dir("") if name[0] != "_" and look_up("", name) == getattr("", name)),
+        LoopContext: _LOOP_ATTRIBUTES,
+    }
+    encoded = json.JSONEncoder(ensure_ascii=False).encode
+    if any(to_json(probe) != encoded(probe) for probe in _JSON_PROBES):
+        encoded = to_json
     printed: dict[int, str] = {}
     if _is_plain(tools):
         printed = {id(value): to_json(value) for value in (tools, *(tools or ()))}
 
     def field_of(value: Any, name: str) -> Any:
         # The sandbox tries an attribute first and pays for the exception. A dict has few, and is asked for what it holds.
-        if type(value) is dict and name in value and name not in _DICT_ATTRIBUTES:
+        kind = type(value)
+        if kind is dict and name in value and name not in _DICT_ATTRIBUTES:
             return value[name]
-        return look_up(value, name)
+        return getattr(value, name) if name in harmless.get(kind, ()) else look_up(value, name)
 
     def as_json(value: Any, *args: Any, **options: Any) -> Any:
-        known = None if args or options else printed.get(id(value))
-        return to_json(value, *args, **options) if known is None else known
+        if args or options:
+            return to_json(value, *args, **options)
+        known = printed.get(id(value))
+        return encoded(value) if known is None else known
 
     environment.getattr = field_of
     environment.filters = {**shared.filters, "tojson": as_json}

@@ -148,9 +148,10 @@ class TrajectoryBuilder:
                 f"{generation.server} returned {num_ids} ids, {num_logprobs} logprobs and {num_versions} versions; they must "
                 "match. Check that the server returns a logprob and a version for every token"
             )
+        logprobs = array("d", generation.logprobs)
         # The sum is the quick test: it is not finite if one of them is not.
-        if not math.isfinite(sum(generation.logprobs)):
-            bad = [logprob for logprob in generation.logprobs if not math.isfinite(logprob)]
+        if not math.isfinite(np.add.reduce(np.frombuffer(logprobs))):
+            bad = [logprob for logprob in logprobs if not math.isfinite(logprob)]
             if bad:
                 raise GenerationError(
                     f"{generation.server} returned {len(bad)} of {num_ids} logprobs that are not finite (first: {bad[0]}). "
@@ -166,7 +167,7 @@ class TrajectoryBuilder:
         record = self._segments[segment]
         start = len(record.ids)
         record.ids.extend(ids)
-        record.sampled.append(_Sampled(start, array("d", generation.logprobs), versions))
+        record.sampled.append(_Sampled(start, logprobs, versions))
         return start, len(record.ids)
 
     def append_observed(self, ids: Sequence[int], *, segment: int = -1) -> tuple[int, int]:
@@ -245,6 +246,6 @@ def _checked_ids(ids: Sequence[int]) -> "array[int]":
         checked = array("I", ids)  # of its integer types, the one that converts without parsing a format
     except (TypeError, OverflowError) as error:
         raise GenerationError(f"one of {len(ids)} values is no token id ({error}); ids lie in [0, {_INT32_MAX}]") from error
-    if len(checked) and int(np.frombuffer(checked, np.uint32).max()) > _INT32_MAX:
+    if len(checked) and np.maximum.reduce(np.frombuffer(checked, np.uint32)) > _INT32_MAX:
         raise GenerationError(f"{max(checked)} is no token id; ids lie in [0, {_INT32_MAX}]")
     return checked

@@ -275,7 +275,7 @@ class SGLangClient:
             raise EngineRejected(
                 f"one of {len(ids)} values is no token id: {error}. The tokenizer or the loop is broken."
             ) from error
-        if self.vocab_size is not None and (highest := int(checked.max())) >= self.vocab_size:
+        if self.vocab_size is not None and (highest := int(np.maximum.reduce(checked))) >= self.vocab_size:
             raise EngineRejected(
                 f"token id {highest} does not fit a vocabulary of {self.vocab_size}: an unchecked id kills SGLang. "
                 "The tokenizer and the served model differ."
