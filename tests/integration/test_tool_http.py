@@ -24,10 +24,13 @@ class Service:
         self.url = ""
         self.requests: list[tuple[str, str, dict[str, str], dict[str, str], Any]] = []
         self.answers: list[web.Response] = []
+        self.connections: list[Any] = []
+        """Of each request."""
         self.hold_s = 0.0
 
     async def handle(self, request: web.Request) -> web.Response:
         body = await request.text()
+        self.connections.append(request.transport)
         self.requests.append(
             (
                 request.method,
@@ -148,6 +151,24 @@ async def test_retry_after_is_obeyed_within_the_deadline(service: Service) -> No
         await ask(box, currency="EUR")
     assert len(service.requests) == asked + 1
     assert 3000 < box.tools[0].rate.delay_s() <= 3600  # and other rollouts hold back as well
+
+
+@pytest.mark.asyncio
+async def test_a_connection_that_its_server_may_be_closing_is_not_used_again(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box = make({"url": service.url})
+    call = [ToolCall(name="rates", arguments={"currency": "EUR"})]
+    async with box.session(task=Task(id="t", prompt=[], data_source="d"), trajectory_id="t", sample_index=0) as tools:
+        monkeypatch.setattr("aiohttp.connector.monotonic", lambda: 1000.0)
+        await tools.run(call)
+        await tools.run(call)
+        monkeypatch.setattr("aiohttp.connector.monotonic", lambda: 1005.0)  # uvicorn closes what idled so long
+        await tools.run(call)
+    await box.aclose()
+    first, second, third = service.connections
+    assert first is second
+    assert third is not first
 
 
 @pytest.mark.asyncio
