@@ -1,6 +1,5 @@
 """Real embedded engines in tests: a model that never stops by itself, and who has heard tokens of it."""
 
-import asyncio
 import json
 from collections import defaultdict
 from collections.abc import Callable
@@ -16,12 +15,6 @@ def make_endless_model(path: Path, *, seed: int) -> Path:
     for file in (path / "config.json", path / "generation_config.json"):
         file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": None}))
     return path
-
-
-async def until(condition: Callable[[], bool], limit_s: float = 250.0) -> None:
-    async with asyncio.timeout(limit_s):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 class Ears:

@@ -3,7 +3,6 @@
 ``test_agents.py`` streams from a real engine.
 """
 
-import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -22,6 +21,7 @@ from agentrl.rollout.toolbox import Toolbox
 from agentrl.serving.server_manager import AsyncLLMServerManager
 from agentrl.testing.fake_sglang import VOCAB_SIZE, FakeSGLang, pseudo_logprob
 from agentrl.testing.tiny_model import make_tiny_tokenizer
+from agentrl.testing.waits import until
 from agentrl.types import SamplingParams, Task
 
 openai = pytest.importorskip("openai")
@@ -74,12 +74,6 @@ async def play(manager: AsyncLLMServerManager, agent: Agent) -> Rollout:
 
 async def ask(client: Any, messages: list[Any], **more: Any) -> Any:
     return await client.chat.completions.create(model="policy", messages=messages, **more)
-
-
-async def until(condition: Callable[[], bool], limit_s: float = 250.0) -> None:
-    async with asyncio.timeout(limit_s):
-        while not condition():
-            await asyncio.sleep(0.002)
 
 
 def record_of(rollout: Rollout) -> list[Any]:

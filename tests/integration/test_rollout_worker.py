@@ -14,6 +14,7 @@ from agentrl.rollout.group import GroupPlan, run_group
 from agentrl.rollout.worker import RolloutWorker
 from agentrl.supervise import current_waits, running
 from agentrl.testing.clock import pass_time
+from agentrl.testing.waits import until
 from agentrl.types import GroupClose, Task, Trajectory
 
 Play = Callable[[int, int, int], Awaitable[None]]
@@ -206,12 +207,6 @@ def make_worker(stream: MemoryStream, play: Play = succeed, **settings: Any) -> 
         rollout=rollout_of(play),
         **{**defaults, **settings},
     )
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(1000):
-        while not condition():
-            await asyncio.sleep(0.002)
 
 
 @pytest.mark.asyncio

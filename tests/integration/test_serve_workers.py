@@ -1,6 +1,5 @@
 """Rollouts in several processes: over one fleet on this machine, and as actors on a Ray cluster of two nodes."""
 
-import asyncio
 import signal
 import time
 from collections.abc import Callable
@@ -19,18 +18,13 @@ from agentrl.stream.keys import Keys
 from agentrl.supervise import running
 from agentrl.telemetry.run_dir import is_alive, read_jsonl
 from agentrl.testing.fake_sglang import FakeSGLang
+from agentrl.testing.waits import until
 from agentrl.types import PolicyRecord, SamplingParams
 from agentrl.weights.digest import weights_digest
 
 KEYS = Keys("fleet")
 SMALL = {"n": 4, "in_flight": 32}
 STEPS = {"steps": 4, "groups": 4, "save_every": 2}
-
-
-async def until(condition: Callable[[], bool], limit_s: float = 120.0) -> None:
-    async with asyncio.timeout(limit_s):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 @pytest.mark.asyncio

@@ -6,11 +6,12 @@ import signal
 from pathlib import Path
 
 import pytest
-from engine_kit import Ears, make_endless_model, until
+from engine_kit import Ears, make_endless_model
 
 from agentrl.serving.engine_process import EmbeddedEngineSpec, EngineFleet
 from agentrl.serving.server_manager import AsyncLLMServerManager
 from agentrl.serving.weight_reconciler import WeightReconciler
+from agentrl.testing.waits import until
 from agentrl.types import Generation, PolicyRecord, SamplingParams
 from agentrl.weights.digest import weights_digest
 

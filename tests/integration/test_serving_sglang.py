@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +15,7 @@ from agentrl.serving.engine_process import EngineFleet, SGLangEngineSpec
 from agentrl.serving.server_manager import AsyncLLMServerManager
 from agentrl.serving.weight_reconciler import WeightReconciler
 from agentrl.testing.tiny_model import make_tiny_model
+from agentrl.testing.waits import until
 from agentrl.types import Generation, PolicyRecord, SamplingParams
 from agentrl.weights.digest import weights_digest
 
@@ -24,12 +24,6 @@ SHIM = Path(__file__).parents[1] / "rigs" / "sglang" / "shim"
 CPU_FLAGS = "--device cpu --attention-backend torch_native --dtype float32 --max-total-tokens 65536 --max-running-requests 64"
 
 pytestmark = pytest.mark.skipif(not VENV, reason="AGENTRL_SGLANG_VENV names no environment with SGLang")
-
-
-async def until(condition: Callable[[], bool], limit_s: float = 120.0) -> None:
-    async with asyncio.timeout(limit_s):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 @pytest.mark.asyncio

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from agentrl.serving.server_manager import AsyncLLMServerManager
 from agentrl.serving.weight_broadcast import WeightBroadcaster
 from agentrl.serving.weight_reconciler import WeightReconciler
 from agentrl.testing.tiny_model import make_tiny_model
+from agentrl.testing.waits import until
 from agentrl.types import Generation, PolicyRecord, SamplingParams
 from agentrl.weights.digest import weights_digest
 
@@ -24,12 +24,6 @@ CPU_FLAGS = "--device cpu --attention-backend torch_native --dtype float32 --max
 PROMPT = [7, 11, 9]
 
 pytestmark = pytest.mark.skipif(not VENV, reason="AGENTRL_SGLANG_VENV names no environment with SGLang")
-
-
-async def until(condition: Callable[[], bool], limit_s: float = 120.0) -> None:
-    async with asyncio.timeout(limit_s):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 def spec(model: Path) -> SGLangEngineSpec:

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from engine_kit import Ears, make_endless_model, until
+from engine_kit import Ears, make_endless_model
 from safetensors.torch import load_file, save_file
 
 from agentrl.serving.engine_process import EmbeddedEngineSpec, EngineFleet
 from agentrl.serving.server_manager import AsyncLLMServerManager
 from agentrl.serving.weight_reconciler import PolicyProblem, UpdateMode, WeightReconciler
+from agentrl.testing.waits import until
 from agentrl.types import Generation, PolicyRecord, SamplingParams
 from agentrl.weights.digest import weights_digest
 

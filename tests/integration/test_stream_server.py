@@ -6,7 +6,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import redis
 from agentrl.errors import ConfigError, StreamError
 from agentrl.process import ClaimedPort
 from agentrl.stream.server import EmbeddedServer, check_server, connect, ensure, find_server_binary, release
+from agentrl.testing.waits import wait_until
 
 
 @pytest.fixture
@@ -25,18 +25,11 @@ def data_dir() -> Iterator[Path]:
         EmbeddedServer(Path(directory) / "redis").stop()
 
 
-def wait_for(claim: object, *, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not claim():  # pyright: ignore[reportCallIssue]
-        assert time.monotonic() < deadline, "did not come true in time"
-        time.sleep(0.01)
-
-
 def kill(server: EmbeddedServer) -> None:
     pid = server.pid
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: not server.is_running())
+    wait_until(lambda: not server.is_running())
 
 
 def fake_server(directory: Path, name: str, line: str) -> None:
@@ -141,7 +134,7 @@ def test_server_is_released_only_by_the_last_process(data_dir: Path) -> None:
         assert release(data_dir) is False
         assert mine.ping()
         other.stdin.close()
-    wait_for(lambda: release(data_dir))
+    wait_until(lambda: release(data_dir))
     assert not EmbeddedServer(data_dir).is_running()
     mine.close()
 
@@ -207,7 +200,7 @@ def test_cluster_mode_is_refused(tmp_path: Path) -> None:
         with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
             client = connect(f"redis://127.0.0.1:{port}")
             try:
-                wait_for(lambda: answers(client))
+                wait_until(lambda: answers(client))
                 with pytest.raises(ConfigError, match="cluster mode"):
                     check_server(client)
             finally:

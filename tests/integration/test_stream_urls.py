@@ -9,8 +9,7 @@ import ssl
 import subprocess
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +26,7 @@ from agentrl.stream.keys import Keys
 from agentrl.stream.producer import TrajectoryProducer
 from agentrl.stream.server import connect, connect_async, find_server_binary
 from agentrl.testing.stream_doubles import make_close, make_trajectory
+from agentrl.testing.waits import wait_until
 
 KEYS = Keys("urls")
 RIGHTS = "on >s3cret ~arl:{urls}:* resetchannels +@all -@admin -@dangerous +info +client|setname +client|setinfo"
@@ -40,7 +40,7 @@ def running_server(*arguments: str) -> Iterator[tuple[int, subprocess.Popen[byte
         command = [binary, *arguments, "--port", str(port), "--bind", "127.0.0.1", "--dir", directory]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         try:
-            wait_for(lambda: answers(port))
+            wait_until(lambda: answers(port))
             yield port, process
         finally:
             process.kill()
@@ -50,13 +50,6 @@ def running_server(*arguments: str) -> Iterator[tuple[int, subprocess.Popen[byte
 def answers(port: int) -> bool:
     with socket.socket() as client:
         return client.connect_ex(("127.0.0.1", port)) == 0
-
-
-def wait_for(what: Callable[[], bool], seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, f"not within {seconds} s"
-        time.sleep(0.05)
 
 
 async def put_groups(url: str, ordinals: range) -> list[str]:
@@ -178,10 +171,10 @@ def test_producer_and_learner_follow_the_master_when_it_is_killed(tmp_path: Path
         binary, _ = find_server_binary()
         sentinel = subprocess.Popen([binary, str(watch), "--sentinel", "--port", str(port)], stdout=subprocess.DEVNULL)
         try:
-            wait_for(lambda: answers(port))
+            wait_until(lambda: answers(port))
             url = f"redis+sentinel://127.0.0.1:1,127.0.0.1:{port}/mine"
             with connect(f"redis://127.0.0.1:{second}") as replica, connect(url) as client:
-                wait_for(lambda: replica.info("replication")["master_link_status"] == "up")
+                wait_until(lambda: replica.info("replication")["master_link_status"] == "up")
                 put = asyncio.run(put_groups(url, range(3)))
                 assert client.wait(1, 25_000) == 1  # replication is asynchronous: what was not copied yet would be gone
                 assert client.info("server")["tcp_port"] == first

@@ -9,6 +9,7 @@ from learner_rig import random_group
 
 from agentrl.errors import StreamError
 from agentrl.learner.prefetch import Prefetcher
+from agentrl.testing.waits import wait_until
 from agentrl.types import TrajectoryGroup
 
 
@@ -24,13 +25,6 @@ class Source:
             return None
         self.taken += 1
         return self.groups[self.taken - 1]
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def test_groups_come_in_order_from_another_thread_and_no_more_than_the_capacity_is_read_ahead() -> None:

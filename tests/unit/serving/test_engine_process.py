@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import textwrap
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +29,7 @@ from agentrl.serving.engine_process import (
 )
 from agentrl.serving.server_manager import AsyncLLMServerManager
 from agentrl.testing.fake_sglang import FakeSGLang, pseudo_tokens
+from agentrl.testing.waits import until
 from agentrl.types import SamplingParams
 
 FAKE = (sys.executable, "-m", "agentrl.testing.fake_sglang")
@@ -75,12 +76,6 @@ async def running(
             yield manager, fleet, changes
         finally:
             task.cancel()
-
-
-async def until(condition: Callable[[], bool], limit_s: float = 250.0) -> None:
-    async with asyncio.timeout(limit_s):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 @pytest.mark.asyncio

@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -14,6 +14,7 @@ from agentrl.serving.server_manager import NO_POLICY, AsyncLLMServerManager
 from agentrl.serving.server_state import CircuitBreaker
 from agentrl.testing.clock import pass_time
 from agentrl.testing.fake_sglang import FakeSGLang, pseudo_logprob, pseudo_tokens
+from agentrl.testing.waits import until
 from agentrl.types import Generation, SamplingParams
 
 PROMPT = [11, 22, 33]
@@ -52,12 +53,6 @@ async def ask(
     sampling = SamplingParams(max_new_tokens=num_tokens)
     ids = PROMPT if prompt is None else prompt
     return await manager.generate(ids, sampling, trajectory_id=trajectory, group_id=group, deadline=deadline)
-
-
-async def until(condition: Callable[[], bool], limit_s: float = 120.0) -> None:
-    async with asyncio.timeout(limit_s):
-        while not condition():
-            await asyncio.sleep(0.002)
 
 
 def in_flight(manager: AsyncLLMServerManager) -> list[tuple[int, int]]:

@@ -1,7 +1,7 @@
 """The manager under scarcity: who goes first, how many a server gets, whose count is believed, how often failures repeat."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from agentrl.serving.server_manager import AsyncLLMServerManager
 from agentrl.serving.waiting_room import Priority, WaitingRoom
 from agentrl.testing.clock import pass_time
 from agentrl.testing.fake_sglang import FakeSGLang, pseudo_tokens
+from agentrl.testing.waits import until
 from agentrl.types import Generation, SamplingParams
 
 LABEL = "e1-v0"
@@ -42,12 +43,6 @@ async def ask(
 ) -> Generation:
     sampling = SamplingParams(max_new_tokens=num_tokens)
     return await manager.generate([1, 2, 3], sampling, trajectory_id=name, group_id=name, deadline=200, priority=priority)
-
-
-async def until(condition: Callable[[], bool], limit_s: float = 120.0) -> None:
-    async with asyncio.timeout(limit_s):
-        while not condition():
-            await asyncio.sleep(0.002)
 
 
 @pytest.mark.asyncio

@@ -1,7 +1,7 @@
 """WeightReconciler against fake servers: what is loaded, verified, resumed, refused and retried."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from agentrl.errors import StreamError
 from agentrl.serving.server_manager import NO_POLICY, AsyncLLMServerManager
 from agentrl.serving.weight_reconciler import PolicyProblem, UpdateMode, WeightReconciler, WeightUpdate
 from agentrl.testing.fake_sglang import FakeSGLang, pseudo_tokens
+from agentrl.testing.waits import until
 from agentrl.types import Generation, PolicyRecord, SamplingParams
 from agentrl.weights.digest import weights_digest
 
@@ -62,12 +63,6 @@ async def reconciled(
             running.cancel()
             for server in servers:
                 await server.kill()
-
-
-async def until(condition: Callable[[], bool], limit_s: float = 120.0) -> None:
-    async with asyncio.timeout(limit_s):
-        while not condition():
-            await asyncio.sleep(0.002)
 
 
 def settled(reconciler: WeightReconciler, policies: Policies) -> bool:

@@ -1,7 +1,7 @@
 """A router is asked which servers there are; everything else goes to the servers."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
@@ -16,6 +16,7 @@ from agentrl.serving.server_manager import AsyncLLMServerManager
 from agentrl.serving.sglang_client import SGLangClient
 from agentrl.supervise import running
 from agentrl.testing.fake_sglang import FakeSGLang, pseudo_tokens
+from agentrl.testing.waits import until
 from agentrl.types import SamplingParams
 
 pytestmark = pytest.mark.asyncio
@@ -78,12 +79,6 @@ async def router() -> AsyncIterator[Router]:
 async def session() -> AsyncIterator[aiohttp.ClientSession]:
     async with aiohttp.ClientSession() as session:
         yield session
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(120):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 async def test_servers_come_and_go_with_the_router_and_generate_directly(router: Router, session: aiohttp.ClientSession) -> None:

@@ -1,7 +1,6 @@
 """Tokens that a caller is told while they are sampled: the generation's, once each, whatever happens to servers and labels."""
 
 import asyncio
-from collections.abc import Callable
 
 import pytest
 
@@ -12,6 +11,7 @@ from agentrl.serving.token_relay import TokenRelay
 from agentrl.serving.waiting_room import Priority
 from agentrl.testing.clock import pass_time
 from agentrl.testing.fake_sglang import FakeSGLang, pseudo_logprob, pseudo_tokens
+from agentrl.testing.waits import until
 from agentrl.types import Generation, SampledTokens, SamplingParams
 
 PROMPT = [11, 22, 33]
@@ -33,12 +33,6 @@ class Ear:
         self.logprobs += tokens.logprobs
         self.versions += tokens.versions
         self.servers.append(tokens.server)
-
-
-async def until(condition: Callable[[], bool], limit_s: float = 120.0) -> None:
-    async with asyncio.timeout(limit_s):
-        while not condition():
-            await asyncio.sleep(0.002)
 
 
 async def ask(manager: AsyncLLMServerManager, ear: Ear, *, num_tokens: int = 20, deadline: float = 200.0) -> Generation:

@@ -3,7 +3,7 @@
 import asyncio
 import os
 import signal
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from agentrl.serving.server_manager import AsyncLLMServerManager
 from agentrl.serving.weight_broadcast import WeightBroadcaster
 from agentrl.serving.weight_reconciler import WeightReconciler
 from agentrl.testing.fake_sglang import FakeSGLang
+from agentrl.testing.waits import until
 from agentrl.types import PolicyRecord
 from agentrl.weights.digest import weights_digest
 
@@ -37,12 +38,6 @@ def assert_holds(server: FakeSGLang, tensors: dict[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         dtype, shape, data = server.received[name]
         assert torch.equal(torch.frombuffer(bytearray(data), dtype=getattr(torch, dtype)).reshape(shape), tensor)
-
-
-async def until(condition: Callable[[], bool], limit_s: float = 250.0) -> None:
-    async with asyncio.timeout(limit_s):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 class Announced:
