@@ -487,7 +487,7 @@ def main() -> None:
                 for name, side in sides.items():
                     samples[name].append(uvloop.run(measure(side, in_flight, episodes)))
                 for name, python in peers.items():
-                    outcome = failed.get(name) or run_peer(name, python, url, in_flight, max(64, in_flight), folder)
+                    outcome = failed.get(name) or run_peer(name, python, url, in_flight, episodes, folder)
                     if isinstance(outcome, str):
                         failed[name] = outcome
                     else:
