@@ -1,7 +1,7 @@
 """What one turn costs the rollout process, next to the least any client must pay, in one run.
 
     python bench/orchestrator.py [--in-flight 64,512] [--repeats 5] [--chunks 1] [--profile FILE]
-        [--peer verifiers=/path/to/venv/bin/python] [--peer verl=/path/to/venv/bin/python]
+        [--peer verifiers=/path/to/venv/bin/python] [--peer verl=/path/to/venv/bin/python] [--peer verl-ray=…]
 
 An instant server, a process of its own, answers every request with bytes made beforehand: 512 sampled ids and their
 logprobs in SGLang's shape. Episodes have 5 turns after a prompt of 2,048 ids; four turns call a trivial tool.
@@ -12,7 +12,8 @@ logprobs in SGLang's shape. Episodes have 5 turns after a prompt of 2,048 ids; f
 - ``bare``: an aiohttp client that posts ready bytes of the same requests and reads the answer with orjson. The floor.
 
 CPU time is that of the client process, all threads; repeats of the sides alternate, and medians are shown. Peers run in
-their own environments (``bench/peers/``) against the same server in the same run.
+their own environments (``bench/peers/``) against the same server in the same run: ``NAME-MODE`` is ``run_NAME.py`` with ``--MODE``
+(``verl``, ``verl-ray``, ``verl-worker``). What processes of a peer use beside its client is shown below its row.
 """
 
 import argparse
@@ -29,7 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -196,6 +197,8 @@ class Sample:
     turns: int
     wall_s: float
     cpu_s: float
+    beside_s: dict[str, float] = field(default_factory=dict[str, float])
+    """CPU time of other processes of this side, by role."""
 
     @property
     def turns_per_s(self) -> float:
@@ -419,14 +422,15 @@ def start_server(num_chunks: int) -> tuple[subprocess.Popen[str], str]:
 
 def run_peer(name: str, python: str, url: str, in_flight: int, episodes: int, tokenizer: str) -> Sample | str:
     """One repeat of a peer in its own environment; the reason where it does not run."""
-    script = Path(__file__).parent / "peers" / f"run_{name}.py"
-    command = [python, str(script), url, str(in_flight), str(episodes), tokenizer]
+    stem, _, mode = name.partition("-")
+    script = Path(__file__).parent / "peers" / f"run_{stem}.py"
+    command = [python, str(script), url, str(in_flight), str(episodes), tokenizer, *([f"--{mode}"] if mode else [])]
     clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(command, capture_output=True, text=True, env=clean, timeout=300, check=False)
     if done.returncode:
         return f"{name} failed with exit code {done.returncode}: {done.stderr.strip().splitlines()[-1:]}"
     values = json.loads(done.stdout.strip().splitlines()[-1])
-    return Sample(int(values["turns"]), float(values["wall_s"]), float(values["cpu_s"]))
+    return Sample(int(values["turns"]), float(values["wall_s"]), float(values["cpu_s"]), values.get("beside_cpu_s", {}))
 
 
 def show(name: str, samples: Sequence[Sample], floor: Sequence[Sample]) -> dict[str, Any]:
@@ -438,12 +442,15 @@ def show(name: str, samples: Sequence[Sample], floor: Sequence[Sample]) -> dict[
     )
     per_core = 1e6 / cost
     print(
-        f"  {name:10} {rate:8.0f} turns/s {rate / TURNS:8.1f} rollouts/s   CPU {cost:7.0f} us/turn "
+        f"  {name:11} {rate:8.0f} turns/s {rate / TURNS:8.1f} rollouts/s   CPU {cost:7.0f} us/turn "
         f"({min(s.us_per_turn for s in samples):.0f}..{max(s.us_per_turn for s in samples):.0f})   "
         f"{per_core:7.0f} turns/s/core   {ratio:5.2f} x bare",
         flush=True,
     )
-    return {"side": name, "turns_per_s": rate, "us_per_turn": cost, "ratio": ratio}
+    beside = {role: statistics.median(1e6 * s.beside_s.get(role, 0.0) / s.turns for s in samples) for role in samples[0].beside_s}
+    if beside:
+        print(f"  {'':11} beside it, us/turn: {', '.join(f'{role} {value:.0f}' for role, value in beside.items())}", flush=True)
+    return {"side": name, "turns_per_s": rate, "us_per_turn": cost, "ratio": ratio, "beside_us_per_turn": beside}
 
 
 def main() -> None:
@@ -480,7 +487,7 @@ def main() -> None:
                 for name, side in sides.items():
                     samples[name].append(uvloop.run(measure(side, in_flight, episodes)))
                 for name, python in peers.items():
-                    outcome = failed.get(name) or run_peer(name, python, url, in_flight, max(64, in_flight), folder)
+                    outcome = failed.get(name) or run_peer(name, python, url, in_flight, episodes, folder)
                     if isinstance(outcome, str):
                         failed[name] = outcome
                     else:
