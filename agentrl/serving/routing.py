@@ -10,11 +10,11 @@ import random
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A server that may take the request."""
+class Candidate(NamedTuple):
+    """A server that may take the request. A tuple, because one of each server is made per request."""
 
     url: str
     tokens_in_flight: int
