@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from typing import Literal, TypeAlias
 
-from agentrl.serving.server_state import CircuitBreaker, Server, ServerState, ServerStats, ServerView, Totals
+from agentrl.serving.server_state import CircuitBreaker, DrainedBy, Server, ServerState, ServerStats, ServerView, Totals
 from agentrl.serving.sglang_client import SGLangClient
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class ServerFleet:
         return list(self._servers.values())
 
     def add(self, url: str, *, capacity: float, api_key: str | None, admin_key: str | None) -> None:
-        """Add a server, or start a known url anew: unverified, its requests sent elsewhere."""
+        """Add a server, or start a known url anew: unverified, its requests sent elsewhere, drained if somebody asked for that."""
         if capacity <= 0:
             raise ValueError(f"capacity={capacity} of {url} must be positive; it is the server's relative speed")
         url = url.rstrip("/")
@@ -85,6 +85,7 @@ class ServerFleet:
             breaker=self._make_breaker(),
             totals=previous.totals if previous else Totals(),
             incarnation=self._incarnations,
+            drained_by=previous.drained_by & {"request"} if previous else set(),
         )
         if previous is not None:
             self._leave(previous)
@@ -107,21 +108,25 @@ class ServerFleet:
         """False once its url was removed or stands for a new process."""
         return self._servers.get(server.url) is server
 
-    def drain(self, url: str) -> None:
-        self.get(url).is_draining = True
+    def drain(self, url: str, by: DrainedBy) -> None:
+        self.get(url).drained_by.add(by)
 
-    def undrain(self, url: str) -> None:
-        self.get(url).is_draining = False
+    def undrain(self, url: str, by: DrainedBy) -> None:
+        self.get(url).drained_by.discard(by)
         self.on_change()
 
     async def wait_drained(self, url: str, *, timeout_s: float) -> bool:
-        """Wait until nothing runs on a draining server; after ``timeout_s`` move the rest elsewhere and return False."""
+        """Wait until nothing runs on a draining server; after ``timeout_s`` move the rest elsewhere and return False.
+
+        What runs on a server that was taken back meanwhile stays there.
+        """
         server = self.get(url)
         try:
             async with asyncio.timeout(timeout_s):
                 await server.idle.wait()
         except TimeoutError:
-            self.evict(server)
+            if server.is_draining:
+                self.evict(server)
             return False
         return True
 

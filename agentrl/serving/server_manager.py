@@ -36,7 +36,7 @@ from agentrl.serving.retry_budget import RetryBudget
 from agentrl.serving.routing import Candidate, Homes, Overload, choose_server
 from agentrl.serving.server_fleet import COUNTERS, ServerFleet, WaitReason
 from agentrl.serving.server_health import ServerHealth
-from agentrl.serving.server_state import CircuitBreaker, Server, ServerStats, ServerView, Visit
+from agentrl.serving.server_state import CircuitBreaker, DrainedBy, Server, ServerStats, ServerView, Visit
 from agentrl.serving.sglang_client import EngineBusy, EngineRejected, EngineUnavailable, PartialGeneration, SGLangClient
 from agentrl.serving.token_relay import TokenRelay
 from agentrl.serving.waiting_room import Place, Priority, WaitingRoom
@@ -225,13 +225,13 @@ class AsyncLLMServerManager(Generator):
         """Forget a server; its requests continue elsewhere with what they have. Unknown urls are ignored."""
         self._fleet.remove(url)
 
-    def drain(self, url: str) -> None:
-        """Send nothing new there; what runs may finish. ``wait_drained`` waits for that."""
-        self._fleet.drain(url)
+    def drain(self, url: str, *, by: DrainedBy = "request") -> None:
+        """Send nothing new there, also after a restart; what runs may finish. ``wait_drained`` waits for that."""
+        self._fleet.drain(url, by)
 
-    def undrain(self, url: str) -> None:
-        """Take a drained server back into rotation."""
-        self._fleet.undrain(url)
+    def undrain(self, url: str, *, by: DrainedBy = "request") -> None:
+        """Take a drained server back into rotation, unless it is drained by another, too."""
+        self._fleet.undrain(url, by)
 
     async def wait_drained(self, url: str, *, timeout_s: float) -> bool:
         """Wait until nothing runs on a draining server; after ``timeout_s`` move the rest elsewhere and return False."""

@@ -12,6 +12,9 @@ BreakerState: TypeAlias = Literal["closed", "open", "half_open"]
 ServerState: TypeAlias = Literal["ready", "updating", "quarantined", "draining", "unhealthy", "stale"]
 """``stale`` is verified, but at a label other than the required one."""
 
+DrainedBy: TypeAlias = Literal["request", "update"]
+"""``request``: somebody asked for it and takes it back. ``update``: a rolling update, for its own time."""
+
 _LATENCY_WINDOW = 512
 _COUNTS_KEPT = 8
 _LABELS_KEPT = 64
@@ -157,7 +160,8 @@ class Server:
     installing: str | None = None
     quarantine_reason: str = ""
     unhealthy_reason: str = ""
-    is_draining: bool = False
+    drained_by: set[DrainedBy] = field(default_factory=set[DrainedBy])
+    """Who wants nothing new sent there."""
     is_gone: bool = False
     failed_probes: int = 0
     tokens_in_flight: int = 0
@@ -179,6 +183,10 @@ class Server:
     @property
     def url(self) -> str:
         return self.client.url
+
+    @property
+    def is_draining(self) -> bool:
+        return bool(self.drained_by)
 
     def label_mark(self) -> int:
         return max(0, self.num_labels_dropped + len(self.labels) - 1)

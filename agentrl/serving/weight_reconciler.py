@@ -494,7 +494,7 @@ class WeightReconciler:
     async def _update_drained(self, client: SGLangClient, record: PolicyRecord, *, transport: Transport, is_first: bool) -> float:
         """Take the server out of rotation, load, verify, put it back: nothing is ever held."""
         loop = asyncio.get_running_loop()
-        self._manager.drain(client.url)
+        self._manager.drain(client.url, by="update")
         try:
             if not await self._manager.wait_drained(client.url, timeout_s=self._drain_timeout_s):
                 log.info("server did not drain, its requests move url=%s after_s=%g", client.url, self._drain_timeout_s)
@@ -502,7 +502,7 @@ class WeightReconciler:
             await self._update_paused(client, record, transport=transport, is_first=is_first)
         finally:
             if client.url in self._manager.urls:
-                self._manager.undrain(client.url)
+                self._manager.undrain(client.url, by="update")
         return loop.time() - drained_at
 
     async def _load(self, client: SGLangClient, record: PolicyRecord, *, transport: Transport, flush_cache: bool) -> None:

@@ -383,6 +383,39 @@ async def test_a_drain_that_takes_too_long_moves_the_rest() -> None:
 
 
 @pytest.mark.asyncio
+async def test_what_runs_on_a_server_that_is_taken_back_while_it_drains_stays_there() -> None:
+    async with fleet(2, latency_s=0.0001) as (manager, servers):
+        for server in servers:
+            server.hold_after(tokens=5)
+        async with asyncio.TaskGroup() as tasks:
+            asked = tasks.create_task(ask(manager))
+            await until(lambda: any(server.num_live for server in servers))
+            busy = next(server for server in servers if server.num_live)
+            manager.drain(busy.url)
+            drained = tasks.create_task(manager.wait_drained(busy.url, timeout_s=0.02))
+            await asyncio.sleep(0)
+            manager.undrain(busy.url)
+            assert not await drained
+            for server in servers:
+                server.let_go()
+        assert asked.result().server == busy.url
+        assert manager.counters()["continuations"] == 0
+
+
+@pytest.mark.asyncio
+async def test_a_drained_server_stays_drained_when_its_engine_is_started_again() -> None:
+    async with fleet(2) as (manager, servers):
+        manager.drain(servers[0].url)
+        manager.add_server(servers[0].url)
+        manager.set_verified(servers[0].url, V0)
+        assert [stats.state for stats in manager.stats()] == ["draining", "ready"]
+        manager.remove_server(servers[0].url)
+        manager.add_server(servers[0].url)
+        manager.set_verified(servers[0].url, V0)
+        assert [stats.state for stats in manager.stats()] == ["ready", "ready"]
+
+
+@pytest.mark.asyncio
 async def test_a_server_never_holds_more_requests_than_it_may() -> None:
     async with fleet(2, latency_s=0.001, max_requests_per_server=3) as (manager, servers):
         await asyncio.gather(*(ask(manager, num_tokens=5, trajectory=f"t{i}", group=f"g{i}") for i in range(40)))

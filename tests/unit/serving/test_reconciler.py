@@ -143,6 +143,19 @@ async def test_rolling_updates_never_take_all_servers_out(tmp_path: Path) -> Non
 
 
 @pytest.mark.asyncio
+async def test_a_rolling_update_leaves_a_server_drained_that_somebody_drained(tmp_path: Path) -> None:
+    async with reconciled(tmp_path, 2, mode="rolling") as (manager, servers, policies, reconciler):
+        policies.announce(0)
+        await until(lambda: settled(reconciler, policies))
+        manager.drain(servers[0].url)
+        policies.announce(1)
+        await until(lambda: settled(reconciler, policies))
+        assert [stats.state for stats in manager.stats()] == ["draining", "ready"]
+        manager.undrain(servers[0].url)
+        assert [stats.state for stats in manager.stats()] == ["ready", "ready"]
+
+
+@pytest.mark.asyncio
 async def test_a_failed_update_is_retried_while_the_other_servers_go_on(tmp_path: Path) -> None:
     async with reconciled(tmp_path, 2) as (manager, servers, policies, reconciler):
         policies.announce(0)
