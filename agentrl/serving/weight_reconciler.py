@@ -406,17 +406,18 @@ class WeightReconciler:
             if is_first and await self._already_serves(client, record, is_doubtful=self._doubtful.get(url) == incarnation):
                 log.info("server already serves the policy url=%s label=%s", url, record.label)
             elif not await self._has_files(record):
-                self._manager.cancel_update(url)
+                if self._is_current(client):
+                    self._manager.cancel_update(url)
                 return
             elif record.kind == "lora" and not client.is_embedded:
                 await self._load_adapter(client, record)
             else:
-                transport = await self._connected(client, record)
+                transport = await self._connected(client, record, incarnation)
                 update = self._update_paused if is_first or self._mode != "rolling" else self._update_drained
                 paused_s = await update(client, record, transport=transport, is_first=is_first)
         except WeightSyncError as error:
             problem, was_reached = str(error), not isinstance(error, ServerUnreachable)
-        if url not in self._manager.urls or self._manager.incarnation(url) != incarnation:
+        if not self._is_current(client):
             return  # removed or restarted meanwhile: what was verified is not what is there now
         if problem:
             self._failed(url, record, problem, was_reached=was_reached)
@@ -441,6 +442,10 @@ class WeightReconciler:
             )
         )
 
+    def _is_current(self, client: SGLangClient) -> bool:
+        """False once its server was removed or stands for a new process."""
+        return client.url in self._manager.urls and self._manager.client(client.url) is client
+
     async def _has_files(self, record: PolicyRecord) -> bool:
         """False when the directory was removed: a newer version is out, and the next poll reads it."""
         if not self._check_files or await asyncio.to_thread(os.path.isdir, record.path):
@@ -461,14 +466,13 @@ class WeightReconciler:
         await client.continue_generation(timeout_s=self._control_timeout_s)
         return True
 
-    async def _connected(self, client: SGLangClient, record: PolicyRecord) -> Transport:
+    async def _connected(self, client: SGLangClient, record: PolicyRecord, incarnation: int) -> Transport:
         """How the weights get there. A sender is started before anything is paused."""
         if self._broadcast is None or client.is_embedded:
             return "disk"
         backoff = self._backoffs.get(client.url)
         if backoff is not None and backoff.record == record and backoff.failures % 2 == 1:
             return "disk"
-        incarnation = self._manager.incarnation(client.url)
         await self._broadcast.keep_only(self._manager.urls)
         is_connected = await self._broadcast.connect(client, incarnation=incarnation, send_timeout_s=self._update_timeout_s)
         return "broadcast" if is_connected else "disk"
@@ -477,8 +481,9 @@ class WeightReconciler:
         """Pause, load, verify, continue. Returns the seconds paused."""
         loop = asyncio.get_running_loop()
         mode: PauseMode = "retract" if is_first or self._mode == "rolling" else self._mode
-        if client.url in self._manager.urls:
-            self._manager.begin_update(client.url, record.label)
+        if not self._is_current(client):
+            return 0.0  # no longer ours to change
+        self._manager.begin_update(client.url, record.label)
         paused_at = loop.time()
         try:
             await client.pause(mode, timeout_s=self._control_timeout_s)
@@ -494,6 +499,8 @@ class WeightReconciler:
     async def _update_drained(self, client: SGLangClient, record: PolicyRecord, *, transport: Transport, is_first: bool) -> float:
         """Take the server out of rotation, load, verify, put it back: nothing is ever held."""
         loop = asyncio.get_running_loop()
+        if not self._is_current(client):
+            return 0.0
         self._manager.drain(client.url, by="update")
         try:
             if not await self._manager.wait_drained(client.url, timeout_s=self._drain_timeout_s):

@@ -1,6 +1,8 @@
 """WeightReconciler against fake servers: what is loaded, verified, resumed, refused and retried."""
 
 import asyncio
+import os
+import threading
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -153,6 +155,30 @@ async def test_a_rolling_update_leaves_a_server_drained_that_somebody_drained(tm
         assert [stats.state for stats in manager.stats()] == ["draining", "ready"]
         manager.undrain(servers[0].url)
         assert [stats.state for stats in manager.stats()] == ["ready", "ready"]
+
+
+@pytest.mark.asyncio
+async def test_a_server_that_is_removed_when_its_rolling_update_begins_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with reconciled(tmp_path, 2, mode="rolling") as (manager, servers, policies, reconciler):
+        policies.announce(0)
+        await until(lambda: settled(reconciler, policies))
+        loop, is_directory = asyncio.get_running_loop(), os.path.isdir
+
+        async def remove() -> None:
+            manager.remove_server(servers[0].url)
+
+        def removed_meanwhile(path: Any) -> bool:
+            if servers[0].url in manager.urls and threading.current_thread() is not threading.main_thread():
+                asyncio.run_coroutine_threadsafe(remove(), loop).result()
+            return is_directory(path)
+
+        monkeypatch.setattr(os.path, "isdir", removed_meanwhile)
+        policies.announce(1)
+        await until(lambda: settled(reconciler, policies))
+        assert manager.urls == [servers[1].url]
+        assert [server.label for server in servers] == ["e1-v0", "e1-v1"]
 
 
 @pytest.mark.asyncio
