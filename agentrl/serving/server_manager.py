@@ -434,6 +434,8 @@ class AsyncLLMServerManager(Generator):
         call.so_far.cached_tokens = cached
         if call.relay is not None:
             call.relay.settled(call.so_far, server=server.url)
+        if visit.piece.finish in ("stop", "length"):
+            return mismatch  # it was whole before its connection ended: more would follow its end
         return mismatch or failure
 
     @staticmethod

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
+import orjson
 import pytest
 
 from agentrl.errors import DeadlineExceeded, GenerationError
@@ -108,6 +109,32 @@ async def test_a_stream_broken_after_its_last_token_is_complete() -> None:
         generation = await ask(manager, num_tokens=5)
     assert generation.ids == pseudo_tokens(PROMPT, 5)
     assert generation.finish == "length"
+
+
+@pytest.mark.asyncio
+async def test_nothing_follows_the_end_of_a_generation_whose_connection_broke_after_it() -> None:
+    num_asked = 0
+
+    async def end_by_own_token_and_break(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal num_asked
+        num_asked += 1
+        await reader.readuntil(b"input_ids")
+        meta = {
+            "completion_tokens": 1,
+            "output_token_logprobs": [[-0.5, 9, None]],
+            "finish_reason": {"type": "stop", "matched": 9},
+        }
+        event = b"data: " + orjson.dumps({"output_ids": [9], "meta_info": meta | {"weight_version": V0}}) + b"\n\n"
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+        writer.write(b"%x\r\n%b\r\n" % (len(event), event))
+        await writer.drain()
+        writer.close()
+
+    engine = await asyncio.start_server(end_by_own_token_and_break, "127.0.0.1", 0)
+    async with engine, AsyncLLMServerManager() as manager:
+        manager.add_server(f"http://127.0.0.1:{engine.sockets[0].getsockname()[1]}")
+        generation = await ask(manager)
+    assert (generation.ids, generation.finish, num_asked) == ([9], "stop", 1)
 
 
 @pytest.mark.asyncio
