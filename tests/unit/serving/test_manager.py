@@ -10,6 +10,7 @@ import orjson
 import pytest
 
 from agentrl.errors import DeadlineExceeded, GenerationError
+from agentrl.serving.retry_budget import RetryBudget
 from agentrl.serving.routing import Overload
 from agentrl.serving.server_manager import NO_POLICY, AsyncLLMServerManager
 from agentrl.serving.server_state import CircuitBreaker
@@ -195,6 +196,24 @@ async def test_a_busy_server_is_left_for_another_without_blame() -> None:
         assert (await ask(manager)).ids == pseudo_tokens(PROMPT, 20)
         assert [stats.errors for stats in manager.stats()] == [0, 0]
         assert {stats.breaker for stats in manager.stats()} == {"closed"}
+
+
+@pytest.mark.asyncio
+async def test_servers_without_room_are_waited_for_until_the_deadline() -> None:
+    async with fleet(2, max_attempts=2, retry_budget=RetryBudget(burst=1, per_s=1e-6)) as (manager, servers):
+        for server in servers:
+            server.fail_next(503, times=3)
+        assert (await ask(manager)).ids == pseudo_tokens(PROMPT, 20)
+        assert sum(len(server.requests) for server in servers) == 7
+        assert manager.counters()["delayed_retries"] == 0
+        for server in servers:
+            server.fail_next(503, times=10**3)
+        asked = asyncio.ensure_future(ask(manager, deadline=1000))
+        await until(lambda: manager.num_parked() == 1)
+        assert manager.wait_reason() == "server"
+        pass_time(1000)
+        with pytest.raises(DeadlineExceeded, match="waiting for server"):
+            await asked
 
 
 @pytest.mark.asyncio
