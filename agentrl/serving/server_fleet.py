@@ -10,7 +10,16 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from typing import Literal, TypeAlias
 
-from agentrl.serving.server_state import CircuitBreaker, DrainedBy, Server, ServerState, ServerStats, ServerView, Totals
+from agentrl.serving.server_state import (
+    LABELS_TOLD,
+    CircuitBreaker,
+    DrainedBy,
+    Server,
+    ServerState,
+    ServerStats,
+    ServerView,
+    Totals,
+)
 from agentrl.serving.sglang_client import SGLangClient
 
 log = logging.getLogger(__name__)
@@ -160,7 +169,8 @@ class ServerFleet:
         server.adapter = adapter
         if server.verified != label or not server.labels:
             server.remember(label)
-        server.verified, server.installing, server.quarantine_reason = label, None, ""
+        server.verified, server.quarantine_reason = label, ""
+        server.installing = server.announced = None
         self.on_change()
 
     def quarantine(self, url: str, reason: str) -> None:
@@ -168,7 +178,8 @@ class ServerFleet:
         if not server.quarantine_reason:
             log.warning("server quarantined url=%s verified=%s reason=%s", url, server.verified, reason)
             self.counters["quarantines"] += 1
-        server.verified, server.installing, server.quarantine_reason = None, None, reason or "unverified"
+        server.verified, server.quarantine_reason = None, reason or "unverified"
+        server.installing = server.announced = None
         self.evict(server)
         self.on_change()
 
@@ -240,7 +251,8 @@ class ServerFleet:
     def view(self) -> list[ServerView]:
         """What another process must know to use the servers."""
         return [
-            ServerView(s.url, s.capacity, s.incarnation, s.verified, s.installing, s.is_draining) for s in self._servers.values()
+            ServerView(s.url, s.capacity, s.incarnation, s.verified, s.installing, s.is_draining, tuple(s.labels[-LABELS_TOLD:]))
+            for s in self._servers.values()
         ]
 
     def stats(self) -> list[ServerStats]:

@@ -268,9 +268,13 @@ class AsyncLLMServerManager(Generator):
         """
         self._fleet.require(label, also=also)
 
-    def begin_update(self, url: str, label: str) -> None:
-        """An update to ``label`` begins on this server: responses may carry that label from now on."""
-        self._fleet.get(url).installing = label
+    def begin_update(self, url: str, label: str, *, then: str | None = None) -> None:
+        """An update to ``label`` begins on this server: responses may carry that label from now on.
+
+        ``then`` may follow it before we hear of that, where another process updates the server.
+        """
+        server = self._fleet.get(url)
+        server.installing, server.announced = label, then
 
     def cancel_update(self, url: str) -> None:
         """The update did not begin after all: the server serves what it served."""

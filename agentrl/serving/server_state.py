@@ -18,6 +18,8 @@ DrainedBy: TypeAlias = Literal["request", "update"]
 _LATENCY_WINDOW = 512
 _COUNTS_KEPT = 8
 _LABELS_KEPT = 64
+LABELS_TOLD = 8
+"""Labels of `ServerView`; whoever looks more rarely than they change has requests in flight that carry unknown ones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +63,8 @@ class ServerView(NamedTuple):
     verified: str | None
     installing: str | None
     is_draining: bool
+    labels: tuple[str, ...]
+    """The newest that were verified there, oldest first."""
 
 
 class CircuitBreaker:
@@ -158,6 +162,8 @@ class Server:
     adapter: str | None = None
     """LoRA adapter that requests ask for, where the policy is one; named like its label."""
     installing: str | None = None
+    announced: str | None = None
+    """A label that may follow the one being installed before we hear that that one was verified."""
     quarantine_reason: str = ""
     unhealthy_reason: str = ""
     drained_by: set[DrainedBy] = field(default_factory=set[DrainedBy])
@@ -198,7 +204,9 @@ class Server:
     def legal_labels(self, visit: Visit) -> set[str]:
         """The same and the one being installed, which may still turn out otherwise."""
         verified = self.verified_labels(visit)
-        return verified | {self.installing} if self.installing is not None else verified
+        if self.installing is None and self.announced is None:
+            return verified
+        return verified | {label for label in (self.installing, self.announced) if label is not None}
 
     def begin(self, visit: Visit) -> None:
         """A request goes out. ``end`` must follow, whatever happens."""
