@@ -90,6 +90,7 @@ class FleetOwner:
                     installing=server.installing,
                     is_draining=server.is_draining,
                     labels=server.labels,
+                    adapter=server.adapter,
                 )
                 for server in self._manager.view()
             ),
@@ -200,5 +201,5 @@ class FleetFollower:
             known = self._manager.verified_label(server.url)
             missed = server.labels[server.labels.index(known) + 1 :] if known in server.labels else ()
             for label in (*missed, server.verified):
-                self._manager.set_verified(server.url, label)
+                self._manager.set_verified(server.url, label, adapter=server.adapter)
             self._expect_update(server)

@@ -251,8 +251,17 @@ class ServerFleet:
     def view(self) -> list[ServerView]:
         """What another process must know to use the servers."""
         return [
-            ServerView(s.url, s.capacity, s.incarnation, s.verified, s.installing, s.is_draining, tuple(s.labels[-LABELS_TOLD:]))
-            for s in self._servers.values()
+            ServerView(
+                url=server.url,
+                capacity=server.capacity,
+                incarnation=server.incarnation,
+                verified=server.verified,
+                installing=server.installing,
+                is_draining=server.is_draining,
+                labels=tuple(server.labels[-LABELS_TOLD:]),
+                adapter=server.adapter,
+            )
+            for server in self._servers.values()
         ]
 
     def stats(self) -> list[ServerStats]:

@@ -65,6 +65,8 @@ class ServerView(NamedTuple):
     is_draining: bool
     labels: tuple[str, ...]
     """The newest that were verified there, oldest first."""
+    adapter: str | None
+    """LoRA adapter that requests ask for."""
 
 
 class CircuitBreaker:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from agentrl.assembly.fleet import FleetFollower, Keyring
+from agentrl.assembly.fleet import FleetFollower, FleetOwner, Keyring
 from agentrl.serving.server_manager import AsyncLLMServerManager
 from agentrl.stream.fleet_board import FleetState, Posted, PostedServer
 from agentrl.testing.fake_sglang import FakeSGLang, pseudo_tokens
@@ -26,13 +26,19 @@ class Board:
         self.when_seen: dict[int, Callable[[], Awaitable[Any]]] = {}
         self.seen = 0
 
-    def post(self, *, verified: str, installing: str | None = None, coming: str | None = None, labels: tuple[str, ...]) -> int:
+    def say(self, *, verified: str, installing: str | None = None, coming: str | None = None, labels: tuple[str, ...]) -> int:
         self._number += 1
         server = PostedServer(
             url=self._url, capacity=1.0, incarnation=1, verified=verified, installing=installing, is_draining=False, labels=labels
         )
         self.posted = Posted(self._number, FleetState(servers=(server,), required=verified, coming=coming))
         return self._number
+
+    async def post(self, number: int, state: FleetState) -> None:
+        self.posted = Posted(number, state)
+
+    async def clear(self) -> None:
+        self.posted = None
 
     async def read(self) -> Posted | None:
         return self.posted
@@ -54,7 +60,7 @@ async def followed(
     async with FakeSGLang(label=V1) as server, AsyncLLMServerManager() as manager:
         board: Any = Board(server.url)
         server.hold_after(tokens=num_held)
-        board.post(verified=V1, labels=(V1,))
+        board.say(verified=V1, labels=(V1,))
         following = asyncio.ensure_future(FleetFollower("w", board, manager, keys=Keyring()).run())
         asked = asyncio.ensure_future(
             manager.generate(PROMPT, SamplingParams(max_new_tokens=10), trajectory_id="t", group_id="g", deadline=120)
@@ -87,14 +93,14 @@ async def test_a_label_is_not_forgotten_for_the_next_before_it_was_verified_here
             await asyncio.wait({asked})
 
         server.label = V2
-        board.when_seen[board.post(verified=V2, coming=V3, labels=(V1, V2))] = answer_all
+        board.when_seen[board.say(verified=V2, coming=V3, labels=(V1, V2))] = answer_all
         assert (await asked).versions == [1] * 4 + [2] * 6
 
 
 @pytest.mark.asyncio
 async def test_an_update_that_is_overtaken_by_the_next_announcement_stays_legal() -> None:
     async with followed() as (_, server, board, asked):
-        number = board.post(verified=V1, installing=V2, coming=V3, labels=(V1,))
+        number = board.say(verified=V1, installing=V2, coming=V3, labels=(V1,))
         await until(lambda: board.seen == number)
         server.label = V2
         server.let_go()
@@ -105,8 +111,28 @@ async def test_an_update_that_is_overtaken_by_the_next_announcement_stays_legal(
 async def test_versions_that_passed_between_two_looks_of_a_follower_stay_legal() -> None:
     async with followed() as (manager, server, board, asked):
         server.label = V4
-        number = board.post(verified=V4, labels=(V1, V2, V3, V4))
+        number = board.say(verified=V4, labels=(V1, V2, V3, V4))
         await until(lambda: board.seen == number and manager.verified_label(server.url) == V4)
         server.label = V3  # of tokens that were sampled in between, and arrive only now
         server.let_go()
         assert (await asked).versions == [1] * 4 + [3] * 6
+
+
+@pytest.mark.asyncio
+async def test_followers_ask_for_the_adapter_that_the_servers_were_verified_with() -> None:
+    async with FakeSGLang(label=V1) as server, AsyncLLMServerManager() as owning, AsyncLLMServerManager() as following:
+        server.adapters[V1] = "/adapters/1"
+        owning.add_server(server.url)
+        owning.set_verified(server.url, V1, adapter=V1)
+        owning.require_version(V1)
+        board: Any = Board(server.url)
+        posting = FleetOwner(board, owning)
+        loops = [posting.run(lambda: (1, 1)), FleetFollower("w", board, following, keys=Keyring()).run()]
+        running = [asyncio.ensure_future(loop) for loop in loops]
+        try:
+            await following.generate(PROMPT, SamplingParams(max_new_tokens=3), trajectory_id="t", group_id="g", deadline=120)
+        finally:
+            for loop in running:
+                loop.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+        assert [request.get("lora_path") for request in server.requests] == [V1]
