@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 LOOK_EVERY_S = 0.05
 FOLLOWERS_LIMIT_S = 5.0
 """Longest wait for followers before an update. One that comes later discards the tokens it does not understand, and says so."""
-ASK_TIMEOUT_S = 5.0
+ASK_TIMEOUT_S = 2.0
+"""Well below the silence after which a follower counts as gone: it gives no sign of life while it asks."""
 BEAT_S = 1.0
 """Between a follower's signs of life while nothing changes: each is a write that the server syncs to disk."""
 
@@ -56,6 +57,10 @@ class FleetOwner:
     async def announce(self, record: PolicyRecord) -> None:
         """Say which label comes, and wait until every living follower knows it."""
         self._coming = record
+        await self.settle()
+
+    async def settle(self) -> None:
+        """Wait until every living follower knows the servers as they are now."""
         await self._post()
         give_up_at = asyncio.get_running_loop().time() + FOLLOWERS_LIMIT_S
         while behind := await self._board.lagging(self._number):
@@ -84,6 +89,8 @@ class FleetOwner:
                     verified=server.verified,
                     installing=server.installing,
                     is_draining=server.is_draining,
+                    labels=server.labels,
+                    adapter=server.adapter,
                 )
                 for server in self._manager.view()
             ),
@@ -132,11 +139,12 @@ class FleetFollower:
             while True:
                 posted = await self._board.read()
                 self._apply(posted)
+                # Before saying so: a label that was not verified here yet would be forgotten for the coming one.
+                await self._verify()
                 number, now = posted.number if posted else 0, asyncio.get_running_loop().time()
                 if number != seen or now >= beat_at:
                     await self._board.saw(self._name, number)
                     seen, beat_at = number, now + BEAT_S
-                await self._verify()
                 await asyncio.sleep(LOOK_EVERY_S)
         finally:
             with suppress(StreamError):
@@ -157,15 +165,21 @@ class FleetFollower:
                 self._incarnations[url] = server.incarnation
             if server.verified is None and self._manager.verified_label(url) is not None:
                 self._manager.quarantine(url, "its owner took it out of rotation")
-            known = self._manager.verified_label(url)
-            if known is not None and state.coming not in (None, known):
-                self._manager.begin_update(url, state.coming)
+            if server.verified is not None and server.verified == self._manager.verified_label(url):
+                self._expect_update(server)
             if server.is_draining:
                 self._manager.drain(url)
             elif self._draining.get(url):
                 self._manager.undrain(url)
             self._draining[url] = server.is_draining
         self._manager.require_version(state.required, also=state.also)
+
+    def _expect_update(self, server: PostedServer) -> None:
+        """The label being installed may not be the coming one yet: an update that takes long is overtaken."""
+        known, coming = server.verified, self._state.coming
+        following = [label for label in (server.installing, coming) if label not in (None, known)]
+        if following:
+            self._manager.begin_update(server.url, following[0], then=following[-1])
 
     async def _verify(self) -> None:
         """Ask every server that this process and its owner see differently."""
@@ -184,6 +198,8 @@ class FleetFollower:
         if info.label not in (server.verified, server.installing, self._state.coming):
             return  # restarted, or updated by others: its owner will notice too
         if self._incarnations.get(server.url) == server.incarnation:
-            self._manager.set_verified(server.url, server.verified)
-            if self._state.coming not in (None, server.verified):
-                self._manager.begin_update(server.url, self._state.coming)
+            known = self._manager.verified_label(server.url)
+            missed = server.labels[server.labels.index(known) + 1 :] if known in server.labels else ()
+            for label in (*missed, server.verified):
+                self._manager.set_verified(server.url, label, adapter=server.adapter)
+            self._expect_update(server)

@@ -130,6 +130,7 @@ async def _players(config: Config, directory: RunDir) -> AsyncGenerator[Players]
             on_problem=lambda problem: _note_problem(directory, problem),
             prepare=SnapshotStore(directory.weights / SNAPSHOT_CACHE).full,
             before_update=owner.announce if owner else None,
+            after_drain=owner.settle if owner else None,
             broadcast=await stack.enter_async_context(broadcaster) if broadcaster else None,
         )  # fmt: skip
         servers_api = serving_servers_api(manager, token=run_secret(directory, SERVERS_TOKEN))

@@ -34,9 +34,15 @@ def parse_loads(body: Mapping[str, Any]) -> LoadReport:
     """Add up ``/v1/loads`` over data-parallel ranks.
 
     Raises:
-        KeyError, TypeError, ValueError: the body is not a load report.
+        ValueError: the body is not a load report.
     """
-    loads: Sequence[Mapping[str, Any]] = body["loads"]
+    try:
+        return _parse_loads(body["loads"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not a load report: {error!r}") from error
+
+
+def _parse_loads(loads: Sequence[Mapping[str, Any]]) -> LoadReport:
     if not loads:
         raise ValueError("the load report names no rank")
     queues = [load.get("queues") or {} for load in loads]

@@ -10,7 +10,16 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from typing import Literal, TypeAlias
 
-from agentrl.serving.server_state import CircuitBreaker, Server, ServerState, ServerStats, ServerView, Totals
+from agentrl.serving.server_state import (
+    LABELS_TOLD,
+    CircuitBreaker,
+    DrainedBy,
+    Server,
+    ServerState,
+    ServerStats,
+    ServerView,
+    Totals,
+)
 from agentrl.serving.sglang_client import SGLangClient
 
 log = logging.getLogger(__name__)
@@ -73,7 +82,7 @@ class ServerFleet:
         return list(self._servers.values())
 
     def add(self, url: str, *, capacity: float, api_key: str | None, admin_key: str | None) -> None:
-        """Add a server, or start a known url anew: unverified, its requests sent elsewhere."""
+        """Add a server, or start a known url anew: unverified, its requests sent elsewhere, drained if somebody asked for that."""
         if capacity <= 0:
             raise ValueError(f"capacity={capacity} of {url} must be positive; it is the server's relative speed")
         url = url.rstrip("/")
@@ -85,6 +94,7 @@ class ServerFleet:
             breaker=self._make_breaker(),
             totals=previous.totals if previous else Totals(),
             incarnation=self._incarnations,
+            drained_by=previous.drained_by & {"request"} if previous else set(),
         )
         if previous is not None:
             self._leave(previous)
@@ -107,21 +117,25 @@ class ServerFleet:
         """False once its url was removed or stands for a new process."""
         return self._servers.get(server.url) is server
 
-    def drain(self, url: str) -> None:
-        self.get(url).is_draining = True
+    def drain(self, url: str, by: DrainedBy) -> None:
+        self.get(url).drained_by.add(by)
 
-    def undrain(self, url: str) -> None:
-        self.get(url).is_draining = False
+    def undrain(self, url: str, by: DrainedBy) -> None:
+        self.get(url).drained_by.discard(by)
         self.on_change()
 
     async def wait_drained(self, url: str, *, timeout_s: float) -> bool:
-        """Wait until nothing runs on a draining server; after ``timeout_s`` move the rest elsewhere and return False."""
+        """Wait until nothing runs on a draining server; after ``timeout_s`` move the rest elsewhere and return False.
+
+        What runs on a server that was taken back meanwhile stays there.
+        """
         server = self.get(url)
         try:
             async with asyncio.timeout(timeout_s):
                 await server.idle.wait()
         except TimeoutError:
-            self.evict(server)
+            if server.is_draining:
+                self.evict(server)
             return False
         return True
 
@@ -155,7 +169,8 @@ class ServerFleet:
         server.adapter = adapter
         if server.verified != label or not server.labels:
             server.remember(label)
-        server.verified, server.installing, server.quarantine_reason = label, None, ""
+        server.verified, server.quarantine_reason = label, ""
+        server.installing = server.announced = None
         self.on_change()
 
     def quarantine(self, url: str, reason: str) -> None:
@@ -163,7 +178,8 @@ class ServerFleet:
         if not server.quarantine_reason:
             log.warning("server quarantined url=%s verified=%s reason=%s", url, server.verified, reason)
             self.counters["quarantines"] += 1
-        server.verified, server.installing, server.quarantine_reason = None, None, reason or "unverified"
+        server.verified, server.quarantine_reason = None, reason or "unverified"
+        server.installing = server.announced = None
         self.evict(server)
         self.on_change()
 
@@ -235,7 +251,17 @@ class ServerFleet:
     def view(self) -> list[ServerView]:
         """What another process must know to use the servers."""
         return [
-            ServerView(s.url, s.capacity, s.incarnation, s.verified, s.installing, s.is_draining) for s in self._servers.values()
+            ServerView(
+                url=server.url,
+                capacity=server.capacity,
+                incarnation=server.incarnation,
+                verified=server.verified,
+                installing=server.installing,
+                is_draining=server.is_draining,
+                labels=tuple(server.labels[-LABELS_TOLD:]),
+                adapter=server.adapter,
+            )
+            for server in self._servers.values()
         ]
 
     def stats(self) -> list[ServerStats]:

@@ -85,7 +85,7 @@ class ServerHealth:
         before, asked = set(server.visits), asyncio.get_running_loop().time()
         try:
             report = parse_loads(await server.client.loads(timeout_s=self._timeout_s))
-        except (WeightSyncError, KeyError, TypeError, ValueError) as error:
+        except (WeightSyncError, ValueError) as error:
             log.debug("no load report url=%s error=%r", server.url, error)
             return
         if server.is_gone:

@@ -36,7 +36,7 @@ from agentrl.serving.retry_budget import RetryBudget
 from agentrl.serving.routing import Candidate, Homes, Overload, choose_server
 from agentrl.serving.server_fleet import COUNTERS, ServerFleet, WaitReason
 from agentrl.serving.server_health import ServerHealth
-from agentrl.serving.server_state import CircuitBreaker, Server, ServerStats, ServerView, Visit
+from agentrl.serving.server_state import CircuitBreaker, DrainedBy, Server, ServerStats, ServerView, Visit
 from agentrl.serving.sglang_client import EngineBusy, EngineRejected, EngineUnavailable, PartialGeneration, SGLangClient
 from agentrl.serving.token_relay import TokenRelay
 from agentrl.serving.waiting_room import Place, Priority, WaitingRoom
@@ -69,6 +69,8 @@ class _Call:
     so_far: PartialGeneration = field(default_factory=PartialGeneration)
     waits_for: str = "server"
     failures: int = 0
+    refusals: int = 0
+    """Answers that a server had no room."""
     avoid: set[str] = field(default_factory=set[str])
 
     @property
@@ -98,7 +100,8 @@ class AsyncLLMServerManager(Generator):
     Args:
         session: shared HTTP session for control calls; None opens one that ``aclose`` closes.
         seed: of the random tie-breaks.
-        max_attempts: failed attempts per ``generate`` before ``GenerationError``; resumed aborts are not failures.
+        max_attempts: failed attempts per ``generate`` before ``GenerationError``; resumed aborts are not failures, and neither is
+            a server without room (HTTP 429 or 503): that is waited for.
         breaker_failures: consecutive failures that open a server's circuit breaker.
         breaker_reset_s: seconds until a half-open probe; doubled after each failed one up to ``breaker_max_reset_s``.
         max_requests_per_server: requests in flight per unit of capacity; None leaves queueing to the engine.
@@ -225,13 +228,13 @@ class AsyncLLMServerManager(Generator):
         """Forget a server; its requests continue elsewhere with what they have. Unknown urls are ignored."""
         self._fleet.remove(url)
 
-    def drain(self, url: str) -> None:
-        """Send nothing new there; what runs may finish. ``wait_drained`` waits for that."""
-        self._fleet.drain(url)
+    def drain(self, url: str, *, by: DrainedBy = "request") -> None:
+        """Send nothing new there, also after a restart; what runs may finish. ``wait_drained`` waits for that."""
+        self._fleet.drain(url, by)
 
-    def undrain(self, url: str) -> None:
-        """Take a drained server back into rotation."""
-        self._fleet.undrain(url)
+    def undrain(self, url: str, *, by: DrainedBy = "request") -> None:
+        """Take a drained server back into rotation, unless it is drained by another, too."""
+        self._fleet.undrain(url, by)
 
     async def wait_drained(self, url: str, *, timeout_s: float) -> bool:
         """Wait until nothing runs on a draining server; after ``timeout_s`` move the rest elsewhere and return False."""
@@ -265,9 +268,13 @@ class AsyncLLMServerManager(Generator):
         """
         self._fleet.require(label, also=also)
 
-    def begin_update(self, url: str, label: str) -> None:
-        """An update to ``label`` begins on this server: responses may carry that label from now on."""
-        self._fleet.get(url).installing = label
+    def begin_update(self, url: str, label: str, *, then: str | None = None) -> None:
+        """An update to ``label`` begins on this server: responses may carry that label from now on.
+
+        ``then`` may follow it before we hear of that, where another process updates the server.
+        """
+        server = self._fleet.get(url)
+        server.installing, server.announced = label, then
 
     def cancel_update(self, url: str) -> None:
         """The update did not begin after all: the server serves what it served."""
@@ -354,18 +361,35 @@ class AsyncLLMServerManager(Generator):
                 await self._after_failure(server, call, failure)
 
     async def _after_failure(self, server: Server, call: _Call, failure: GenerationError) -> None:
+        if isinstance(failure, EngineBusy):
+            await self._wait_for_room(server, call)
+            return
         call.failures += 1
         if call.failures >= self._max_attempts:
             raise GenerationError(
                 f"{call.failures} attempts failed over {len(self.urls)} servers with {len(call.so_far)} of "
                 f"{call.sampling.max_new_tokens} tokens sampled; the last: {failure}"
             ) from failure
-        call.avoid.add(server.url)
-        if all(candidate.url in call.avoid for candidate in self._fleet.routable()):
-            call.avoid.clear()
-            await asyncio.sleep(min(_RETRY_BACKOFF_S * 2**call.failures, _RETRY_BACKOFF_MAX_S))
+        if self._was_the_last_choice(server, call):
+            await asyncio.sleep(_backoff_s(call.failures))
         if call.failures > 1:
             await self._wait_for_budget(call)
+
+    async def _wait_for_room(self, server: Server, call: _Call) -> None:
+        """No room says nothing against the request: it waits as it would for a place here, until its deadline."""
+        call.refusals += 1
+        if self._was_the_last_choice(server, call):
+            call.waits_for = "server"
+            with self._counted_as_parked("server"), waiting("server"):
+                await asyncio.sleep(_backoff_s(call.refusals))
+
+    def _was_the_last_choice(self, server: Server, call: _Call) -> bool:
+        """Avoid the server from now on; True, and all are tried again, where no other is left."""
+        call.avoid.add(server.url)
+        if not all(candidate.url in call.avoid for candidate in self._fleet.routable()):
+            return False
+        call.avoid.clear()
+        return True
 
     async def _wait_for_budget(self, call: _Call) -> None:
         loop = asyncio.get_running_loop()
@@ -434,6 +458,8 @@ class AsyncLLMServerManager(Generator):
         call.so_far.cached_tokens = cached
         if call.relay is not None:
             call.relay.settled(call.so_far, server=server.url)
+        if visit.piece.finish in ("stop", "length"):
+            return mismatch  # it was whole before its connection ended: more would follow its end
         return mismatch or failure
 
     @staticmethod
@@ -612,6 +638,10 @@ class AsyncLLMServerManager(Generator):
         if self._session is None:
             self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
         return self._session
+
+
+def _backoff_s(times: int) -> float:
+    return min(_RETRY_BACKOFF_S * 2 ** min(times, 16), _RETRY_BACKOFF_MAX_S)
 
 
 @dataclass(frozen=True, slots=True)

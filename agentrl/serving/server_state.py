@@ -12,9 +12,14 @@ BreakerState: TypeAlias = Literal["closed", "open", "half_open"]
 ServerState: TypeAlias = Literal["ready", "updating", "quarantined", "draining", "unhealthy", "stale"]
 """``stale`` is verified, but at a label other than the required one."""
 
+DrainedBy: TypeAlias = Literal["request", "update"]
+"""``request``: somebody asked for it and takes it back. ``update``: a rolling update, for its own time."""
+
 _LATENCY_WINDOW = 512
 _COUNTS_KEPT = 8
 _LABELS_KEPT = 64
+LABELS_TOLD = 8
+"""Labels of `ServerView`; whoever looks more rarely than they change has requests in flight that carry unknown ones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +63,10 @@ class ServerView(NamedTuple):
     verified: str | None
     installing: str | None
     is_draining: bool
+    labels: tuple[str, ...]
+    """The newest that were verified there, oldest first."""
+    adapter: str | None
+    """LoRA adapter that requests ask for."""
 
 
 class CircuitBreaker:
@@ -155,9 +164,12 @@ class Server:
     adapter: str | None = None
     """LoRA adapter that requests ask for, where the policy is one; named like its label."""
     installing: str | None = None
+    announced: str | None = None
+    """A label that may follow the one being installed before we hear that that one was verified."""
     quarantine_reason: str = ""
     unhealthy_reason: str = ""
-    is_draining: bool = False
+    drained_by: set[DrainedBy] = field(default_factory=set[DrainedBy])
+    """Who wants nothing new sent there."""
     is_gone: bool = False
     failed_probes: int = 0
     tokens_in_flight: int = 0
@@ -180,6 +192,10 @@ class Server:
     def url(self) -> str:
         return self.client.url
 
+    @property
+    def is_draining(self) -> bool:
+        return bool(self.drained_by)
+
     def label_mark(self) -> int:
         return max(0, self.num_labels_dropped + len(self.labels) - 1)
 
@@ -190,7 +206,9 @@ class Server:
     def legal_labels(self, visit: Visit) -> set[str]:
         """The same and the one being installed, which may still turn out otherwise."""
         verified = self.verified_labels(visit)
-        return verified | {self.installing} if self.installing is not None else verified
+        if self.installing is None and self.announced is None:
+            return verified
+        return verified | {label for label in (self.installing, self.announced) if label is not None}
 
     def begin(self, visit: Visit) -> None:
         """A request goes out. ``end`` must follow, whatever happens."""

@@ -39,7 +39,8 @@ class _Body(BaseModel):
     def _is_base_url(cls, value: str) -> str:
         parts = urlsplit(value)
         extra = parts.path.strip("/") or parts.query or parts.fragment or parts.username
-        if parts.scheme not in ("http", "https") or not parts.hostname or extra:
+        is_plain = value.isascii() and value.isprintable() and " " not in value
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0 or extra or not is_plain:
             raise ValueError(f"{value!r} is not a server's base url; give http://host:port")
         return value.rstrip("/")
 
@@ -51,6 +52,13 @@ class AddBody(_Body):
     """Relative speed."""
     api_key: str | None = Field(default=None, repr=False)
     admin_key: str | None = Field(default=None, repr=False)
+
+    @field_validator("api_key", "admin_key")
+    @classmethod
+    def _fits_a_header(cls, value: str | None) -> str | None:
+        if value is not None and not (value.isascii() and value.isprintable()):
+            raise ValueError("a key holds printable ASCII characters only; does it end with a line break?")
+        return value
 
 
 class UrlBody(_Body):

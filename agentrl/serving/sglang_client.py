@@ -376,14 +376,13 @@ class SGLangClient:
     async def model_info(self, *, timeout_s: float) -> ModelInfo:
         """What the server serves now. Live also while it is paused."""
         info = await self._control("GET", "/model_info", timeout_s=timeout_s)
-        vocab_size = info.get("vocab_size")
         digest = info.get("weights_digest")
         return ModelInfo(
             model_path=str(info.get("model_path", "")),
             label=str(info.get("weight_version", "")),
             digest=str(digest) if digest else None,
             is_embedded="weights_digest" in info,
-            vocab_size=int(vocab_size) if vocab_size else None,
+            vocab_size=_whole_number(self.url, info, "vocab_size"),
         )
 
     async def pause(self, mode: PauseMode, *, timeout_s: float) -> None:
@@ -419,7 +418,7 @@ class SGLangClient:
     async def parallel_layout(self, *, timeout_s: float) -> ParallelLayout:
         """How the server splits the model over its own processes; all 1 where it does not say."""
         info = await self._control("GET", "/server_info", timeout_s=timeout_s)
-        return ParallelLayout(*(int(info.get(name) or 1) for name in ("tp_size", "pp_size", "dp_size")))
+        return ParallelLayout(*(_whole_number(self.url, info, name) or 1 for name in ("tp_size", "pp_size", "dp_size")))
 
     async def join_weights_group(
         self, group: str, *, address: str, port: int, world_size: int, backend: str, timeout_s: float
@@ -557,7 +556,8 @@ class SGLangClient:
                     method, f"{self.url}{path}", data=data, headers=headers, timeout=self._control_timeout
                 ) as response,
             ):
-                return response.status, await response.text()
+                # Not `text`: an answer in another coding would raise what is no error of HTTP.
+                return response.status, (await response.read()).decode("utf-8", "replace")
         except aiohttp.ClientConnectorError as error:
             raise ServerUnreachable(f"{self.url}{path} failed: {error!r}. Is that engine running?") from error
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
@@ -641,6 +641,14 @@ def _json_object(url: str, text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise WeightSyncError(f"{url} answered JSON that is not an object: {text[:_ERROR_TEXT_LIMIT]!r}")
     return cast("dict[str, Any]", value)
+
+
+def _whole_number(url: str, answer: Mapping[str, Any], name: str) -> int | None:
+    """None where it is missing or 0."""
+    try:
+        return int(answer.get(name) or 0) or None
+    except (TypeError, ValueError) as error:
+        raise WeightSyncError(f"{url} says {name}={answer[name]!r}, which is no number: is it an SGLang server?") from error
 
 
 def _refusal(url: str, status: int, text: str, adapter: str | None = None) -> GenerationError:

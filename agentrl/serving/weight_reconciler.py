@@ -38,6 +38,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from agentrl.errors import ServerUnreachable, StreamError, WeightSyncError
+from agentrl.serving.load_policy import parse_loads
 from agentrl.serving.server_manager import NO_POLICY, AsyncLLMServerManager
 from agentrl.serving.sglang_client import ModelInfo, PauseMode, SGLangClient
 from agentrl.serving.weight_broadcast import WeightBroadcaster
@@ -128,6 +129,7 @@ class WeightReconciler:
         retry_s: pause before a record that was given up is tried on one server, doubled each time up to ``max_retry_s``.
         on_update: called after every attempt.
         before_update: awaited before a new record is adopted; must end soon.
+        after_drain: awaited when ``rolling`` took a server out of rotation, until others that use it know; must end soon.
         on_problem: called when a record is refused or given up (again), and with None when that is over.
     """
 
@@ -153,6 +155,7 @@ class WeightReconciler:
         on_update: Callable[[WeightUpdate], None] | None = None,
         on_problem: Callable[[PolicyProblem | None], None] | None = None,
         before_update: Callable[[PolicyRecord], Awaitable[None]] | None = None,
+        after_drain: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._manager = manager
         self._read_policy = read_policy
@@ -168,7 +171,8 @@ class WeightReconciler:
         self._broadcast = broadcast
         self._rollback_after = rollback_after
         self._retry_s, self._max_retry_s = retry_s, max_retry_s
-        self._on_update, self._on_problem, self._before_update = on_update, on_problem, before_update
+        self._on_update, self._on_problem = on_update, on_problem
+        self._before_update, self._after_drain = before_update, after_drain
         self._target: PolicyRecord | None = None
         self._newest: PolicyRecord | None = None
         """The newest that was adopted, given up or not."""
@@ -406,17 +410,18 @@ class WeightReconciler:
             if is_first and await self._already_serves(client, record, is_doubtful=self._doubtful.get(url) == incarnation):
                 log.info("server already serves the policy url=%s label=%s", url, record.label)
             elif not await self._has_files(record):
-                self._manager.cancel_update(url)
+                if self._is_current(client):
+                    self._manager.cancel_update(url)
                 return
             elif record.kind == "lora" and not client.is_embedded:
                 await self._load_adapter(client, record)
             else:
-                transport = await self._connected(client, record)
+                transport = await self._connected(client, record, incarnation)
                 update = self._update_paused if is_first or self._mode != "rolling" else self._update_drained
                 paused_s = await update(client, record, transport=transport, is_first=is_first)
         except WeightSyncError as error:
             problem, was_reached = str(error), not isinstance(error, ServerUnreachable)
-        if url not in self._manager.urls or self._manager.incarnation(url) != incarnation:
+        if not self._is_current(client):
             return  # removed or restarted meanwhile: what was verified is not what is there now
         if problem:
             self._failed(url, record, problem, was_reached=was_reached)
@@ -441,6 +446,10 @@ class WeightReconciler:
             )
         )
 
+    def _is_current(self, client: SGLangClient) -> bool:
+        """False once its server was removed or stands for a new process."""
+        return client.url in self._manager.urls and self._manager.client(client.url) is client
+
     async def _has_files(self, record: PolicyRecord) -> bool:
         """False when the directory was removed: a newer version is out, and the next poll reads it."""
         if not self._check_files or await asyncio.to_thread(os.path.isdir, record.path):
@@ -461,14 +470,13 @@ class WeightReconciler:
         await client.continue_generation(timeout_s=self._control_timeout_s)
         return True
 
-    async def _connected(self, client: SGLangClient, record: PolicyRecord) -> Transport:
+    async def _connected(self, client: SGLangClient, record: PolicyRecord, incarnation: int) -> Transport:
         """How the weights get there. A sender is started before anything is paused."""
         if self._broadcast is None or client.is_embedded:
             return "disk"
         backoff = self._backoffs.get(client.url)
         if backoff is not None and backoff.record == record and backoff.failures % 2 == 1:
             return "disk"
-        incarnation = self._manager.incarnation(client.url)
         await self._broadcast.keep_only(self._manager.urls)
         is_connected = await self._broadcast.connect(client, incarnation=incarnation, send_timeout_s=self._update_timeout_s)
         return "broadcast" if is_connected else "disk"
@@ -477,8 +485,9 @@ class WeightReconciler:
         """Pause, load, verify, continue. Returns the seconds paused."""
         loop = asyncio.get_running_loop()
         mode: PauseMode = "retract" if is_first or self._mode == "rolling" else self._mode
-        if client.url in self._manager.urls:
-            self._manager.begin_update(client.url, record.label)
+        if not self._is_current(client):
+            return 0.0  # no longer ours to change
+        self._manager.begin_update(client.url, record.label)
         paused_at = loop.time()
         try:
             await client.pause(mode, timeout_s=self._control_timeout_s)
@@ -494,16 +503,37 @@ class WeightReconciler:
     async def _update_drained(self, client: SGLangClient, record: PolicyRecord, *, transport: Transport, is_first: bool) -> float:
         """Take the server out of rotation, load, verify, put it back: nothing is ever held."""
         loop = asyncio.get_running_loop()
-        self._manager.drain(client.url)
+        if not self._is_current(client):
+            return 0.0
+        self._manager.drain(client.url, by="update")
+        give_up_at = loop.time() + self._drain_timeout_s
         try:
-            if not await self._manager.wait_drained(client.url, timeout_s=self._drain_timeout_s):
+            if self._after_drain is not None:
+                await self._after_drain()
+            if not self._is_current(client):
+                return 0.0
+            if not await self._manager.wait_drained(client.url, timeout_s=give_up_at - loop.time()):
                 log.info("server did not drain, its requests move url=%s after_s=%g", client.url, self._drain_timeout_s)
+            await self._wait_for_others(client, give_up_at)
             drained_at = loop.time()
             await self._update_paused(client, record, transport=transport, is_first=is_first)
         finally:
             if client.url in self._manager.urls:
-                self._manager.undrain(client.url)
+                self._manager.undrain(client.url, by="update")
         return loop.time() - drained_at
+
+    async def _wait_for_others(self, client: SGLangClient, give_up_at: float) -> None:
+        """Other processes send requests there, too: the server's own report counts all."""
+        loop = asyncio.get_running_loop()
+        while (left_s := give_up_at - loop.time()) > 0 and self._is_current(client):
+            try:
+                report = parse_loads(await client.loads(timeout_s=min(left_s, self._control_timeout_s)))
+            except (WeightSyncError, ValueError) as error:
+                log.info("server does not say what it runs url=%s error=%s", client.url, error)
+                return
+            if not report.total:
+                return
+            await asyncio.sleep(self._poll_s)
 
     async def _load(self, client: SGLangClient, record: PolicyRecord, *, transport: Transport, flush_cache: bool) -> None:
         if transport == "broadcast" and self._broadcast is not None:

@@ -35,6 +35,10 @@ class PostedServer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """The label that the server was asked for and reported; None takes no traffic."""
     installing: str | None
     is_draining: bool
+    adapter: str | None = None
+    """LoRA adapter that requests must ask for."""
+    labels: tuple[str, ...] = ()
+    """The newest that were verified there, oldest first: requests in flight may carry tokens of all of them."""
 
 
 class FleetState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

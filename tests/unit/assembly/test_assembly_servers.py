@@ -89,9 +89,21 @@ async def test_every_call_needs_the_token_and_sense(tmp_path: Path) -> None:
             for method, path in (("GET", "/servers"), ("POST", "/servers"), ("DELETE", "/servers"), ("POST", "/servers/drain")):
                 assert (await client.request(method, path, headers=headers, json={"url": server.url})).status_code == 401
         client.headers["Authorization"] = f"Bearer {run_secret(RunDir(run), SERVERS_TOKEN)}"
-        wrong = ["ftp://a:1", "a:1", "http://a:1/path", "http://user@a:1", "http://"]
+        wrong = [
+            "ftp://a:1",
+            "a:1",
+            "http://a:1/path",
+            "http://user@a:1",
+            "http://",
+            "http://a:99999",
+            "http://a:x",
+            "http://a b:1",
+        ]
         assert {(await client.post("/servers", json={"url": bad})).status_code for bad in wrong} == {422}
         assert (await client.post("/servers", json={"url": "http://a:1", "capacity": 0})).status_code == 422
+        for key in ("key\n", "k\r\nX-Other: 1", "kéy"):
+            for name in ("api_key", "admin_key"):
+                assert (await client.post("/servers", json={"url": "http://a:1", name: key})).status_code == 422
         assert (await client.post("/servers", json={"url": server.url})).status_code == 409
         assert (await client.post("/servers/drain", json={"url": "http://nobody:1"})).status_code == 404
         assert manager.urls == [server.url]

@@ -288,6 +288,26 @@ async def test_a_control_call_never_meets_a_connection_that_the_server_is_closin
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("body", [b"\xff\xfe", b'{"vocab_size": "many"}', b'{"vocab_size": [1]}'], ids=repr)
+async def test_facts_that_no_engine_would_give_are_this_servers_failure(body: bytes) -> None:
+    async def answer(_: web.Request) -> web.StreamResponse:
+        return web.Response(body=body, content_type="application/json")
+
+    async with serving(answer) as url, client_of(url) as client:
+        with pytest.raises(WeightSyncError, match="not JSON|no number"):
+            await client.describe(timeout_s=60)
+
+
+@pytest.mark.asyncio
+async def test_a_label_that_is_not_unicode_is_another_label() -> None:
+    async def answer(_: web.Request) -> web.StreamResponse:
+        return web.Response(body=b'{"weight_version": "e1-v\xff"}', content_type="application/json")
+
+    async with serving(answer) as url, client_of(url) as client:
+        assert (await client.model_info(timeout_s=60)).label == "e1-v\N{REPLACEMENT CHARACTER}"
+
+
+@pytest.mark.asyncio
 async def test_a_control_call_ends_at_its_timeout() -> None:
     async with FakeSGLang(update_s=60, check_path=False) as server, client_of(server.url) as client:
         with pytest.raises(WeightSyncError, match="no answer within 0.1 s"):

@@ -1,5 +1,7 @@
 """Concurrency and counter policies: bounds, direction, convergence, and what three reports must agree on."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -83,6 +85,23 @@ def test_reports_of_data_parallel_ranks_add_up() -> None:
     assert (report.cache_usage, report.max_running) == (0.6, 32)
     with pytest.raises(ValueError, match="names no rank"):
         parse_loads({"loads": []})
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"loads": 3},
+        {"loads": [None]},
+        {"loads": [{}]},
+        {"loads": [{"num_running_reqs": "x", "num_waiting_reqs": 0}]},
+        {"loads": [{"num_running_reqs": 0, "num_waiting_reqs": 0, "queues": [3]}]},
+        {"loads": [{"num_running_reqs": 0, "num_waiting_reqs": 0, "token_usage": [1]}]},
+    ],
+)
+def test_what_is_no_load_report_is_one_kind_of_error(body: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="load report|rank|invalid"):
+        parse_loads(body)
 
 
 def counted(*pairs: tuple[int, int, int]) -> list[Count]:

@@ -6,9 +6,11 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
+import orjson
 import pytest
 
 from agentrl.errors import DeadlineExceeded, GenerationError
+from agentrl.serving.retry_budget import RetryBudget
 from agentrl.serving.routing import Overload
 from agentrl.serving.server_manager import NO_POLICY, AsyncLLMServerManager
 from agentrl.serving.server_state import CircuitBreaker
@@ -106,6 +108,32 @@ async def test_a_stream_broken_after_its_last_token_is_complete() -> None:
 
 
 @pytest.mark.asyncio
+async def test_nothing_follows_the_end_of_a_generation_whose_connection_broke_after_it() -> None:
+    num_asked = 0
+
+    async def end_by_own_token_and_break(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal num_asked
+        num_asked += 1
+        await reader.readuntil(b"input_ids")
+        meta = {
+            "completion_tokens": 1,
+            "output_token_logprobs": [[-0.5, 9, None]],
+            "finish_reason": {"type": "stop", "matched": 9},
+        }
+        event = b"data: " + orjson.dumps({"output_ids": [9], "meta_info": meta | {"weight_version": V0}}) + b"\n\n"
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+        writer.write(b"%x\r\n%b\r\n" % (len(event), event))
+        await writer.drain()
+        writer.close()
+
+    engine = await asyncio.start_server(end_by_own_token_and_break, "127.0.0.1", 0)
+    async with engine, AsyncLLMServerManager() as manager:
+        manager.add_server(f"http://127.0.0.1:{engine.sockets[0].getsockname()[1]}")
+        generation = await ask(manager)
+    assert (generation.ids, generation.finish, num_asked) == ([9], "stop", 1)
+
+
+@pytest.mark.asyncio
 async def test_an_abort_by_a_pause_resumes_with_the_partial_generation() -> None:
     async with fleet(1, latency_s=0.002) as (manager, servers):
         client = manager.client(servers[0].url)
@@ -163,6 +191,24 @@ async def test_a_busy_server_is_left_for_another_without_blame() -> None:
         assert (await ask(manager)).ids == pseudo_tokens(PROMPT, 20)
         assert [stats.errors for stats in manager.stats()] == [0, 0]
         assert {stats.breaker for stats in manager.stats()} == {"closed"}
+
+
+@pytest.mark.asyncio
+async def test_servers_without_room_are_waited_for_until_the_deadline() -> None:
+    async with fleet(2, max_attempts=2, retry_budget=RetryBudget(burst=1, per_s=1e-6)) as (manager, servers):
+        for server in servers:
+            server.fail_next(503, times=3)
+        assert (await ask(manager)).ids == pseudo_tokens(PROMPT, 20)
+        assert sum(len(server.requests) for server in servers) == 7
+        assert manager.counters()["delayed_retries"] == 0
+        for server in servers:
+            server.fail_next(503, times=10**3)
+        asked = asyncio.ensure_future(ask(manager, deadline=1000))
+        await until(lambda: manager.num_parked() == 1)
+        assert manager.wait_reason() == "server"
+        pass_time(1000)
+        with pytest.raises(DeadlineExceeded, match="waiting for server"):
+            await asked
 
 
 @pytest.mark.asyncio
@@ -375,6 +421,39 @@ async def test_a_drain_that_takes_too_long_moves_the_rest() -> None:
             assert not await manager.wait_drained(busy.url, timeout_s=0.02)
         assert asked.result().server != busy.url
         assert asked.result().ids == pseudo_tokens(PROMPT, 300)
+
+
+@pytest.mark.asyncio
+async def test_what_runs_on_a_server_that_is_taken_back_while_it_drains_stays_there() -> None:
+    async with fleet(2, latency_s=0.0001) as (manager, servers):
+        for server in servers:
+            server.hold_after(tokens=5)
+        async with asyncio.TaskGroup() as tasks:
+            asked = tasks.create_task(ask(manager))
+            await until(lambda: any(server.num_live for server in servers))
+            busy = next(server for server in servers if server.num_live)
+            manager.drain(busy.url)
+            drained = tasks.create_task(manager.wait_drained(busy.url, timeout_s=0.02))
+            await asyncio.sleep(0)
+            manager.undrain(busy.url)
+            assert not await drained
+            for server in servers:
+                server.let_go()
+        assert asked.result().server == busy.url
+        assert manager.counters()["continuations"] == 0
+
+
+@pytest.mark.asyncio
+async def test_a_drained_server_stays_drained_when_its_engine_is_started_again() -> None:
+    async with fleet(2) as (manager, servers):
+        manager.drain(servers[0].url)
+        manager.add_server(servers[0].url)
+        manager.set_verified(servers[0].url, V0)
+        assert [stats.state for stats in manager.stats()] == ["draining", "ready"]
+        manager.remove_server(servers[0].url)
+        manager.add_server(servers[0].url)
+        manager.set_verified(servers[0].url, V0)
+        assert [stats.state for stats in manager.stats()] == ["ready", "ready"]
 
 
 @pytest.mark.asyncio

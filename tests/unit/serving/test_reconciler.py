@@ -1,6 +1,8 @@
 """WeightReconciler against fake servers: what is loaded, verified, resumed, refused and retried."""
 
 import asyncio
+import os
+import threading
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -135,6 +137,63 @@ async def test_rolling_updates_never_take_all_servers_out(tmp_path: Path) -> Non
             await asyncio.sleep(0.002)
             fewest = min(fewest, sum(stats.state == "ready" for stats in manager.stats()))
         assert fewest == 2
+
+
+@pytest.mark.asyncio
+async def test_a_rolling_update_waits_for_the_requests_of_other_processes(tmp_path: Path) -> None:
+    states_told: list[str] = []
+
+    async def tell() -> None:
+        states_told.append(manager.stats()[0].state)
+
+    async with reconciled(tmp_path, 1, mode="rolling", after_drain=tell) as (manager, servers, policies, reconciler):
+        policies.announce(0)
+        await until(lambda: settled(reconciler, policies))
+        servers[0].num_foreign = 1
+        looked = servers[0].calls["/v1/loads"]
+        policies.announce(1)
+        await until(lambda: servers[0].calls["/v1/loads"] > looked + 2)
+        assert (servers[0].label, servers[0].is_paused, states_told) == ("e1-v0", False, ["draining"])
+        servers[0].num_foreign = 0
+        await until(lambda: settled(reconciler, policies))
+        assert servers[0].label == "e1-v1"
+
+
+@pytest.mark.asyncio
+async def test_a_rolling_update_leaves_a_server_drained_that_somebody_drained(tmp_path: Path) -> None:
+    async with reconciled(tmp_path, 2, mode="rolling") as (manager, servers, policies, reconciler):
+        policies.announce(0)
+        await until(lambda: settled(reconciler, policies))
+        manager.drain(servers[0].url)
+        policies.announce(1)
+        await until(lambda: settled(reconciler, policies))
+        assert [stats.state for stats in manager.stats()] == ["draining", "ready"]
+        manager.undrain(servers[0].url)
+        assert [stats.state for stats in manager.stats()] == ["ready", "ready"]
+
+
+@pytest.mark.asyncio
+async def test_a_server_that_is_removed_when_its_rolling_update_begins_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with reconciled(tmp_path, 2, mode="rolling") as (manager, servers, policies, reconciler):
+        policies.announce(0)
+        await until(lambda: settled(reconciler, policies))
+        loop, is_directory = asyncio.get_running_loop(), os.path.isdir
+
+        async def remove() -> None:
+            manager.remove_server(servers[0].url)
+
+        def removed_meanwhile(path: Any) -> bool:
+            if servers[0].url in manager.urls and threading.current_thread() is not threading.main_thread():
+                asyncio.run_coroutine_threadsafe(remove(), loop).result()
+            return is_directory(path)
+
+        monkeypatch.setattr(os.path, "isdir", removed_meanwhile)
+        policies.announce(1)
+        await until(lambda: settled(reconciler, policies))
+        assert manager.urls == [servers[1].url]
+        assert [server.label for server in servers] == ["e1-v0", "e1-v1"]
 
 
 @pytest.mark.asyncio
