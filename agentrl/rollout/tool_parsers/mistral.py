@@ -24,6 +24,7 @@ LIST_EXAMPLE = f'{MARKER} [{{"name": "<tool>", "arguments": {{…}}}}]'
 ARGS_EXAMPLE = f"{MARKER}<tool>{ARGS}{{…}}"
 _NAMED = re.compile(r"\s*([\w.\-]{1,256})\s*(?:\[CALL_ID\]\s*(\w{0,64})\s*)?\[ARGS\]")
 _BARE_LIST = re.compile(r'\s*\[\s*\{\s*"name"\s*:')
+_CALLS = re.compile(rf'{re.escape(MARKER)}|{re.escape(ARGS)}|\[\s*\{{\s*"name"\s*:')
 
 
 @tool_parser("mistral")
@@ -37,7 +38,7 @@ class MistralParser:
 
     def find_calls(self, text: str, *, is_cut: bool = False) -> list[FoundCall]:
         """The calls of one turn."""
-        text = spoken(spoken(text), opening="[THINK]", closing="[/THINK]")
+        text = spoken(spoken(text, _CALLS), _CALLS, opening="[THINK]", closing="[/THINK]")
         if MARKER not in text:
             if _NAMED.match(text):
                 return self._block(text, is_cut=is_cut)

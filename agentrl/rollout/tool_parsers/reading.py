@@ -18,6 +18,7 @@ MAX_CALLS = 64
 MAX_RAW = 2000
 """Characters of a malformed call that are kept for people to read."""
 CUT = "the call was cut off by the token limit before it was complete. Write a shorter one"
+THINK, END_THINK = "<think>", "</think>"
 _SPACE = re.compile(r"\s*")
 _MAX_NAME = 256
 
@@ -35,11 +36,29 @@ def skip_space(text: str, start: int) -> int:
     return match.end() if match else start
 
 
-def spoken(text: str, *, opening: str = "<think>", closing: str = "</think>") -> str:
-    """What follows the reasoning; nothing, where the reasoning never ended. Calls inside reasoning are not calls."""
-    _, thought, rest = text.rpartition(closing)
-    # a turn may think twice: what stands behind the last open marker was never spoken
-    return (rest if thought else text).partition(opening)[0]
+def spoken(text: str, calls: re.Pattern[str], *, opening: str = THINK, closing: str = END_THINK) -> str:
+    """What follows the reasoning; calls inside reasoning are not calls.
+
+    Read from the left, so that nothing that comes later changes what was a call: behind the first call that is spoken, tags of
+    reasoning are text, because a call's arguments may hold them (prompts, code). Reasoning that the prompt opened ends with a
+    closing tag before any call.
+
+    Args:
+        text: one turn.
+        calls: with what a call begins. A line that begins behind ``closing`` is a line of its own.
+        opening: the tag that begins reasoning.
+        closing: the tag that ends it.
+    """
+    position, call = 0, -1
+    while True:
+        if call < position:
+            match = calls.search(text, position)
+            call = match.start() if match else len(text)
+        begin = text.find(opening, position, call)
+        end = text.find(closing, begin) if begin >= 0 else text.rfind(closing, position, call)
+        if end < 0:
+            return text[position:begin] if begin >= 0 else text[position:]
+        position = end + len(closing)
 
 
 def body_of(text: str, start: int, *, opening: str, closing: str) -> tuple[str, int | None]:
@@ -63,19 +82,23 @@ def calls_in_blocks(
 ) -> list[FoundCall]:
     """The calls of a turn in which each stands between two markers.
 
+    A turn may think again between its calls; what stands in an open ``<think>`` was never spoken.
+
     Args:
-        text: what was spoken.
+        text: one turn.
         read: one call whose body begins at this position; also returns where to go on.
         opening: the marker before a call.
         closing: the marker behind it.
         inner: what begins a body in this format; outside of one it is a call that lacks ``opening``.
         example: a well-formed call, shown where that happened.
     """
+    text = spoken(text, re.compile("|".join(map(re.escape, filter(None, (opening, inner))))))
     found: list[FoundCall] = []
-    position = 0
+    position, start = 0, 0
     while len(found) < MAX_CALLS:
-        start = text.find(opening, position)
-        before = start if start >= 0 else len(text)
+        start = text.find(opening, position) if 0 <= start <= position else start
+        thought = text.find(THINK, position, start if start >= 0 else len(text))
+        before = thought if thought >= 0 else start if start >= 0 else len(text)
         bare = text.find(inner, position, before) if inner is not None else -1
         stray = text.find(closing, position, before)
         if bare >= 0:
@@ -85,6 +108,10 @@ def calls_in_blocks(
         elif stray >= 0:
             found.append(failed(f"{closing} without {opening} before it", text[position:stray][-MAX_RAW:].strip()))
             position = stray + len(closing)
+        elif thought >= 0:
+            position = text.find(END_THINK, thought)
+            if position < 0:
+                return found
         elif start < 0:
             return found
         else:
