@@ -26,6 +26,7 @@ class DeepSeekParser:
     markers: tuple[str, ...] = (CALL, SEPARATOR)
     openers: tuple[str, ...] = (BEGIN, CALL)
     line_openers: tuple[str, ...] = ()
+    closers: tuple[str, ...] = (END_CALL,)
 
     def find_calls(self, text: str, *, is_cut: bool = False) -> list[FoundCall]:
         """The calls of one turn."""

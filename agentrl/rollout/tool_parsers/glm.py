@@ -21,6 +21,7 @@ class GlmParser:
     markers: tuple[str, ...] = (_KEY, _VALUE)
     openers: tuple[str, ...] = (OPEN,)
     line_openers: tuple[str, ...] = ()
+    closers: tuple[str, ...] = (CLOSE,)
 
     def find_calls(self, text: str, *, is_cut: bool = False) -> list[FoundCall]:
         """The calls of one turn."""

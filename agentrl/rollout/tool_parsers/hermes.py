@@ -30,6 +30,7 @@ class HermesParser:
     markers: tuple[str, ...] = ('{"name"', "<tool_call>")
     openers: tuple[str, ...] = (OPEN,)
     line_openers: tuple[str, ...] = ()
+    closers: tuple[str, ...] = (CLOSE,)
 
     def find_calls(self, text: str, *, is_cut: bool = False) -> list[FoundCall]:
         """The calls of one turn. Calls the model only thought about, inside ``<think>``, are not calls."""

@@ -28,6 +28,7 @@ class Llama3JsonParser:
     markers: tuple[str, ...] = ('"parameters": dictionary of argument', TAG, '"parameters": ')
     openers: tuple[str, ...] = (TAG,)
     line_openers: tuple[str, ...] = ("{",)
+    closers: tuple[str, ...] = ("}",)
 
     def find_calls(self, text: str, *, is_cut: bool = False) -> list[FoundCall]:
         """The calls of one turn."""

@@ -5,12 +5,14 @@ is read as calls too.
 """
 
 import re
+from collections.abc import Mapping
 
 from agentrl.rollout.tool_parsers import FoundCall, ParseFailure, tool_parser
 from agentrl.rollout.tool_parsers.reading import (
     CUT,
     DECODER,
     MAX_CALLS,
+    REASONING,
     call_from,
     call_of_object,
     explain_json,
@@ -35,10 +37,12 @@ class MistralParser:
     markers: tuple[str, ...] = (MARKER, ARGS)
     openers: tuple[str, ...] = (MARKER, ARGS)
     line_openers: tuple[str, ...] = ("[",)
+    closers: tuple[str, ...] = (MARKER,)  # the next call's: what follows a call can make it malformed
+    reasoning: Mapping[str, str] = {**REASONING, "[THINK]": "[/THINK]"}  # noqa: RUF012
 
     def find_calls(self, text: str, *, is_cut: bool = False) -> list[FoundCall]:
         """The calls of one turn."""
-        text = spoken(spoken(text, _CALLS), _CALLS, opening="[THINK]", closing="[/THINK]")
+        text = spoken(text, _CALLS, self.reasoning)
         if MARKER not in text:
             if _NAMED.match(text):
                 return self._block(text, is_cut=is_cut)

@@ -28,8 +28,9 @@ class PythonicParser:
 
     name = "pythonic"
     markers: tuple[str, ...] = ("<|tool_call_start|>", "<|python_start|>", "<function_calls>", "[func_name1(")
-    openers: tuple[str, ...] = tuple(opening for opening, _ in BLOCKS)
+    openers: tuple[str, ...] = tuple(mark for block in BLOCKS for mark in block)
     line_openers: tuple[str, ...] = ("[",)
+    closers: tuple[str, ...] = tuple(closing for _, closing in BLOCKS)
 
     def find_calls(self, text: str, *, is_cut: bool = False) -> list[FoundCall]:
         """The calls of one turn."""

@@ -25,6 +25,7 @@ class Qwen3CoderParser:
     markers: tuple[str, ...] = (_FUNCTION, _PARAMETER)
     openers: tuple[str, ...] = (OPEN, _FUNCTION)
     line_openers: tuple[str, ...] = ()
+    closers: tuple[str, ...] = (CLOSE,)
 
     def find_calls(self, text: str, *, is_cut: bool = False) -> list[FoundCall]:
         """The calls of one turn."""

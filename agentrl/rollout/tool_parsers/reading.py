@@ -7,7 +7,8 @@ import ast
 import json
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, NoReturn
 
 from agentrl.rollout.tool_parsers import FoundCall, ParseFailure
@@ -19,6 +20,7 @@ MAX_RAW = 2000
 """Characters of a malformed call that are kept for people to read."""
 CUT = "the call was cut off by the token limit before it was complete. Write a shorter one"
 THINK, END_THINK = "<think>", "</think>"
+REASONING = {THINK: END_THINK}
 _SPACE = re.compile(r"\s*")
 _MAX_NAME = 256
 
@@ -36,8 +38,14 @@ def skip_space(text: str, start: int) -> int:
     return match.end() if match else start
 
 
-def spoken(text: str, calls: re.Pattern[str], *, opening: str = THINK, closing: str = END_THINK) -> str:
-    """What follows the reasoning; calls inside reasoning are not calls.
+def spoken(text: str, calls: re.Pattern[str], reasoning: Mapping[str, str] = REASONING) -> str:
+    """What is said in a turn (`speech_span`)."""
+    start, end = speech_span(text, calls, reasoning)
+    return text[start:end]
+
+
+def speech_span(text: str, calls: re.Pattern[str], reasoning: Mapping[str, str]) -> tuple[int, int]:
+    """Where what follows the reasoning begins and ends; calls inside reasoning are not calls.
 
     Read from the left, so that nothing that comes later changes what was a call: behind the first call that is spoken, tags of
     reasoning are text, because a call's arguments may hold them (prompts, code). Reasoning that the prompt opened ends with a
@@ -45,20 +53,32 @@ def spoken(text: str, calls: re.Pattern[str], *, opening: str = THINK, closing: 
 
     Args:
         text: one turn.
-        calls: with what a call begins. A line that begins behind ``closing`` is a line of its own.
-        opening: the tag that begins reasoning.
-        closing: the tag that ends it.
+        calls: with what a call begins. A line that begins behind a closing tag is a line of its own.
+        reasoning: the tags that begin reasoning, each with the one that ends it.
     """
+    if not reasoning:
+        return 0, len(text)
+    openings = any_of(tuple(reasoning))
     position, call = 0, -1
     while True:
         if call < position:
             match = calls.search(text, position)
             call = match.start() if match else len(text)
-        begin = text.find(opening, position, call)
-        end = text.find(closing, begin) if begin >= 0 else text.rfind(closing, position, call)
+        opened = openings.search(text, position, call)
+        if opened is None:
+            ends = [place + len(tag) for tag in reasoning.values() if (place := text.rfind(tag, position, call)) >= 0]
+            return max(ends, default=position), len(text)
+        closing = reasoning[opened.group()]
+        end = text.find(closing, opened.end())
         if end < 0:
-            return text[position:begin] if begin >= 0 else text[position:]
+            return position, opened.start()
         position = end + len(closing)
+
+
+@cache
+def any_of(marks: Sequence[str]) -> re.Pattern[str]:
+    """One of these strings."""
+    return re.compile("|".join(map(re.escape, marks)) or "(?!)")
 
 
 def body_of(text: str, start: int, *, opening: str, closing: str) -> tuple[str, int | None]:
@@ -92,7 +112,7 @@ def calls_in_blocks(
         inner: what begins a body in this format; outside of one it is a call that lacks ``opening``.
         example: a well-formed call, shown where that happened.
     """
-    text = spoken(text, re.compile("|".join(map(re.escape, filter(None, (opening, inner))))))
+    text = spoken(text, any_of((opening, inner) if inner is not None else (opening,)))
     found: list[FoundCall] = []
     position, start = 0, 0
     while len(found) < MAX_CALLS:
