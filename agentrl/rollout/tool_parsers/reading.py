@@ -5,6 +5,7 @@ Everything here is linear in the text: a turn that repeats itself thousands of t
 
 import ast
 import json
+import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +30,16 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-DECODER = json.JSONDecoder(strict=False, parse_constant=_no_constant)  # not strict: raw newlines in strings (code)
+def _finite(written: str) -> float:
+    number = float(written)
+    if not math.isfinite(number):  # no JSON could say it again
+        raise ValueError(f"{written[:40]} is too large a number")
+    return number
+
+
+DECODER = json.JSONDecoder(
+    strict=False, parse_constant=_no_constant, parse_float=_finite
+)  # not strict: raw newlines in strings (code)
 
 
 def skip_space(text: str, start: int) -> int:
