@@ -20,10 +20,11 @@ reasoning or re-serialise the JSON of a call. Training uses the sampled ids, so 
 re-renders the history would show the model something else than it was trained on, so the self-test returns it as notes.
 """
 
+import contextlib
 import json
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from agentrl.errors import TemplateError
@@ -185,7 +186,35 @@ class ChatTemplate:
         return list(self._prompts[key])
 
     def _prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        return self.encode(self.render([self.neutral(m) for m in messages], generation_prompt=True))
+        shown = [self.neutral(self._in_form(m)) for m in messages]
+        try:
+            text = self.render(shown, generation_prompt=True)
+        except TemplateError:
+            plain = _with_plain_ids(shown)
+            if plain == shown:
+                raise
+            text = self.render(plain, generation_prompt=True)  # Mistral's templates insist on nine letters and digits
+        return self.encode(text)
+
+    def _in_form(self, message: Message) -> Message:
+        """The message with its calls' arguments as this template takes them: clients and data sets write either form."""
+        calls = message.get("tool_calls")
+        if not calls:
+            return message
+        formed: list[Any] = []
+        for call in calls:
+            function = call.get("function")
+            if not isinstance(function, Mapping):  # the bare form, which some templates read
+                formed.append(call)
+                continue
+            given = function.get("arguments")
+            if self.arguments_as_text and isinstance(given, Mapping):
+                given = json.dumps(given, ensure_ascii=False)
+            elif not self.arguments_as_text and isinstance(given, str):
+                with contextlib.suppress(ValueError):  # what is no JSON is shown as written
+                    given = json.loads(given)
+            formed.append({**call, "function": {**function, "arguments": given}})
+        return {**message, "tool_calls": formed}
 
     def observation_ids(self, messages: Sequence[Message], *, last_sampled: int | None = None) -> list[int]:
         """Ids that follow a sampled assistant turn: its end where it lacks one, the messages, the generation prompt.
@@ -515,6 +544,21 @@ def _numbered(messages: Sequence[Message]) -> list[Message]:
             }
         )
     return numbered
+
+
+def _with_plain_ids(messages: Sequence[Message]) -> list[Message]:
+    """The messages with nine letters and digits for each id of a call that is something else."""
+    known: dict[Any, str] = {}
+
+    def plain(given: Any) -> str:
+        return given if _PLAIN_ID.fullmatch(str(given)) else known.setdefault(given, call_id(len(known) // 100, len(known) % 100))
+
+    renamed: list[Message] = []
+    for message in messages:
+        calls = [{**call, "id": plain(call.get("id"))} for call in message.get("tool_calls") or ()]
+        answers = {"tool_call_id": plain(message["tool_call_id"])} if "tool_call_id" in message else {}
+        renamed.append({**message, **({"tool_calls": calls} if calls else {}), **answers})
+    return renamed
 
 
 def _up_to_marker(text: str, nth: int) -> str:

@@ -5,11 +5,14 @@ The text of an `ArgumentError` is for the model: it names the argument, what is 
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple, cast
 
 import jsonschema
+import jsonschema.validators
 from pydantic import BaseModel, ValidationError
 from referencing import Registry
 
@@ -23,6 +26,9 @@ _MAX_DEPTH = 64
 """Nested schemas that coercion follows; a ``$ref`` to itself ends there."""
 _NO_REMOTE_SCHEMAS: Registry[Any] = Registry()
 """A schema that comes from a tool server must not make this process fetch addresses: only local references resolve."""
+_COMPOSITION = frozenset({"allOf", "anyOf", "oneOf", "if", "$ref", "$dynamicRef", "dependentSchemas"})
+"""Keywords by which other schemas than ``properties`` name parameters."""
+_KNOW_UNEVALUATED = (jsonschema.Draft201909Validator, jsonschema.Draft202012Validator)
 
 
 class ArgumentError(Exception):
@@ -33,7 +39,8 @@ class Arguments:
     """Validates and coerces the arguments of one tool.
 
     Args:
-        parameters: JSON Schema of the arguments. References within it (``#/$defs/…``) are followed.
+        parameters: JSON Schema of the arguments, in the draft that ``$schema`` names; without one 2020-12, or draft 7 if it is none
+            of 2020-12 (lists of ``items``). References within it (``#/$defs/…``) are followed.
         model: where the tool is Python: turns nested objects into what the type hints say.
         fields: parameter name -> field of ``model``.
         allow_extra: arguments that the schema does not name are passed on instead of refused.
@@ -52,17 +59,21 @@ class Arguments:
     ) -> None:
         schema = dict(parameters)
         schema.setdefault("type", "object")
-        if not allow_extra:
+        draft = _draft_of(schema)
+        if not allow_extra and not schema.keys() & _COMPOSITION:
             schema.setdefault("additionalProperties", False)
+        elif not allow_extra and draft in _KNOW_UNEVALUATED and "additionalProperties" not in schema:
+            schema.setdefault("unevaluatedProperties", False)
         try:
-            jsonschema.Draft202012Validator.check_schema(schema)
+            draft.check_schema(schema)
         except jsonschema.SchemaError as error:
             raise ConfigError(f"not a JSON Schema: {error.message}") from error
         for reference in _references(schema):
             if _resolve(reference, schema) is None:
                 raise ConfigError(f"not a JSON Schema of its own: `$ref: {reference}` leads nowhere in it. Give the whole schema")
         self._schema = schema
-        self._validator = jsonschema.Draft202012Validator(schema, registry=_NO_REMOTE_SCHEMAS)
+        exact = jsonschema.validators.extend(draft, {"multipleOf": _multiple_of})
+        self._validator: Any = exact(schema, registry=_NO_REMOTE_SCHEMAS)
         self._model = model
         self._fields = dict(fields or {})
         self._plain = _plain_parameters(schema)
@@ -123,11 +134,12 @@ class Arguments:
 
     def _coerce_inside(self, value: Any, schema: Mapping[str, Any], depth: int) -> Any:
         if isinstance(value, dict):
-            properties, rest = schema.get("properties", {}), schema.get("additionalProperties")
             members = cast("dict[str, Any]", value)
-            return {k: self._coerce(v, properties.get(k, rest), depth + 1) for k, v in members.items()}
+            return {k: self._coerce(v, _member_schema(k, schema), depth + 1) for k, v in members.items()}
         if isinstance(value, list):
             elements, first, rest = cast("list[Any]", value), schema.get("prefixItems", []), schema.get("items")
+            if isinstance(rest, list):  # drafts before 2020-12
+                first, rest = cast("list[Any]", rest), schema.get("additionalItems")
             return [self._coerce(v, first[i] if i < len(first) else rest, depth + 1) for i, v in enumerate(elements)]
         return value
 
@@ -140,6 +152,35 @@ class Arguments:
             if self._validator.evolve(schema=branch).is_valid(coerced):
                 return coerced
         return value
+
+
+def _draft_of(schema: Mapping[str, Any]) -> Any:
+    named = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+    if "$schema" not in schema and not _is_schema(schema, named) and _is_schema(schema, jsonschema.Draft7Validator):
+        return jsonschema.Draft7Validator
+    return named
+
+
+def _is_schema(schema: Mapping[str, Any], draft: Any) -> bool:
+    try:
+        draft.check_schema(schema)
+    except jsonschema.SchemaError:
+        return False
+    return True
+
+
+def _member_schema(name: str, schema: Mapping[str, Any]) -> Any:
+    if name in (properties := schema.get("properties", {})):
+        return properties[name]
+    patterns: Mapping[str, Any] = schema.get("patternProperties", {})
+    return next((member for pattern, member in patterns.items() if re.search(pattern, name)), schema.get("additionalProperties"))
+
+
+def _multiple_of(_: Any, step: Any, value: Any, __: Any) -> Iterator[jsonschema.ValidationError]:
+    """As the numbers are written: in binary, 0.07 is no multiple of 0.01."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and (not math.isfinite(value) or Fraction(str(value)) % Fraction(str(step))):
+        yield jsonschema.ValidationError(f"{value!r} is not a multiple of {step}")
 
 
 class _Plain(NamedTuple):
@@ -232,7 +273,8 @@ def _coerce_string(text: str, kind: Any) -> Any:
         if _NUMBER.fullmatch(bare) and float(bare).is_integer():
             return int(float(bare))
     elif kind == "number" and _NUMBER.fullmatch(bare):
-        return int(bare) if _INTEGER.fullmatch(bare) else float(bare)
+        number = int(bare) if _INTEGER.fullmatch(bare) else float(bare)
+        return number if math.isfinite(number) else text
     elif kind == "boolean" and bare.lower() in ("true", "false"):
         return bare.lower() == "true"
     elif kind == "null" and bare in ("null", "None"):

@@ -6,7 +6,7 @@ import json
 import uuid
 from collections.abc import Callable, Coroutine, Mapping
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any, Protocol, SupportsFloat
 
 from agentrl.protocols import ToolContext, ToolResult
 from agentrl.rollout.tool import Signature
@@ -84,7 +84,7 @@ class VerlInstance:
         if _takes(self._tool.execute, "agent_data"):
             given = {"agent_data": self._agent_data(), **given}
         answer = await awaited(self._tool.execute(self._id, arguments, **given))
-        return as_result(answer if isinstance(answer, tuple) else (answer,))
+        return _verl_result(answer if isinstance(answer, tuple) else (answer,))
 
     async def close(self) -> None:
         await awaited(self._tool.release(self._id, **self._kwargs("release_kwargs")))
@@ -132,9 +132,7 @@ def as_result(value: Any) -> ToolResult:
     if isinstance(value, ToolResult):
         return value
     if _is_verl_tuple(value):
-        response, reward, metrics = (*value, None, None)[:3]
-        numbers = {str(k): float(v) for k, v in (metrics or {}).items() if isinstance(v, int | float)}
-        return ToolResult(text=as_result(response).text, reward=None if reward is None else float(reward), metrics=numbers)
+        return _verl_result(value)
     if value is None:
         return ToolResult(text="")
     if isinstance(value, str):
@@ -145,6 +143,13 @@ def as_result(value: Any) -> ToolResult:
         return ToolResult(text=json.dumps(value, ensure_ascii=False, default=str))
     except ValueError:
         return ToolResult(text=str(value))
+
+
+def _verl_result(value: tuple[Any, ...]) -> ToolResult:
+    """``(response, reward, metrics)``, the last two perhaps missing; numbers may be numpy's or a tensor's."""
+    response, reward, metrics = (*value, None, None)[:3]
+    numbers = {str(k): float(v) for k, v in (metrics or {}).items() if isinstance(v, SupportsFloat)}
+    return ToolResult(text=as_result(response).text, reward=None if reward is None else float(reward), metrics=numbers)
 
 
 def _is_response(value: Any) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from agentrl.errors import ToolBusy
 from agentrl.plugins import Truncate
 from agentrl.protocols import ToolResult
 
@@ -96,12 +97,19 @@ class RateLimit:
         """No call starts for so long: the service asked for it."""
         self._paused_until = max(self._paused_until, self._clock() + seconds)
 
-    async def wait(self) -> None:
-        """Wait for the turn and take it. A waiter that is cancelled takes nothing."""
+    async def wait(self, *, longest_pause_s: float = math.inf) -> None:
+        """Wait for the turn and take it. A waiter that is cancelled takes nothing.
+
+        Raises:
+            ToolBusy: the service asked for a pause of which more than ``longest_pause_s`` is left.
+        """
         if self._per_s is None and self._paused_until <= self._clock():
             return  # nothing to wait for, and nothing to take
         async with self._turn:
-            while (delay := self.delay_s()) > 0:  # noqa: ASYNC110  # time itself is awaited; nobody could set an event
+            while (delay := self.delay_s()) > 0:
+                left = self._paused_until - self._clock()
+                if left > longest_pause_s:
+                    raise ToolBusy(f"asked not to be called for another {left:.0f} s", retry_after_s=left)
                 await asyncio.sleep(delay)
             self.take()
 

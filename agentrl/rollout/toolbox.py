@@ -294,11 +294,22 @@ class ToolSession:
                     declared.stats.count_cached()
                     return self._observation(declared, call, "", known, 0.0)
                 async with declared.places:
-                    await declared.rate.wait()
+                    await self._turn_at(declared)
                     kind, result, ms = await self._call(declared, arguments, turn)
                 if cache is not None and key is not None and not kind:
                     cache.put(key, result)
                 return self._observation(declared, call, kind, result, ms)
+
+    async def _turn_at(self, declared: DeclaredTool) -> None:
+        """Wait for the tool's rate. A pause that its service asked for is waited for as long as an answer would be, and no longer:
+        the rollout's deadline would else pass over it, and blame the model."""
+        started = time.monotonic()
+        try:
+            await declared.rate.wait(longest_pause_s=declared.limits.timeout_s)
+        except ToolBusy as busy:
+            error = ToolInfraError(f"tool `{declared.name}`: its service {busy}")
+            declared.stats.record_infra(error, _ms(started))
+            raise error from None
 
     def _cache_of(self, declared: DeclaredTool, call: ToolCall) -> tuple[str | None, ResultCache | None]:
         """The cache of the asked scope, and the key of this call in it."""

@@ -268,24 +268,60 @@ async def test_a_failure_before_the_first_token_has_a_status_and_a_later_one_is_
 
 
 @pytest.mark.asyncio
-async def test_a_response_streams_its_text_before_the_last_token_and_its_calls_at_the_end() -> None:
-    async with fakes(f"Well.\n{CALL}") as (manager, (server,)):
-        server.hold_after(tokens=count("Well.\nI add."))
+async def test_a_call_is_streamed_when_its_block_has_closed_and_can_be_answered_before_the_turn_is_over() -> None:
+    other = '<tool_call>{"name": "sub", "arguments": {}}</tool_call>'
+    part = f"{CALL}\n<tool_call>"
+    async with fakes(f"{CALL}\n{other} and more", "7") as (manager, (server,)):
+        server.hold_after(tokens=count(part))
+
+        async def agent(client: Any, session: Session) -> None:
+            calls: dict[int, dict[str, Any]] = {}
+            text = ""
+            async with await ask(client, QUESTION, tools=TOOLS, stream=True) as stream:
+                async for chunk in stream:
+                    text += chunk.choices[0].delta.content or ""
+                    for call in chunk.choices[0].delta.tool_calls or ():
+                        if call.id:
+                            assert (call.type, call.function.name, call.function.arguments) == ("function", "add", "")
+                            calls[call.index] = {"id": call.id, "type": "function", "function": {"name": "add", "arguments": ""}}
+                        calls[call.index]["function"]["arguments"] += call.function.arguments
+                    if calls and calls[0]["function"]["arguments"]:
+                        break
+            await until(lambda: server.num_live == 0 and not session._streamed)
+            assert (text, json.loads(calls[0]["function"]["arguments"])) == ("I add.", {"a": "É 🧮"})
+            said = {"role": "assistant", "content": text, "tool_calls": [calls[0]]}
+            result = {"role": "tool", "tool_call_id": calls[0]["id"], "content": "7"}
+            assert (await ask(client, [*QUESTION, said, result], tools=TOOLS)).choices[0].message.content == "7"
+
+        rollout = await play(manager, agent)
+    assert len(rollout.trajectory.segments) == 1
+    assert [(t.kind, t.text, t.name, t.finish) for t in rollout.trajectory.turns] == [
+        ("model", part, "", "abort"), ("tool", "7", "add", ""), ("model", "7", "", "stop"),
+    ]  # fmt: skip
+
+
+@pytest.mark.asyncio
+async def test_a_response_streams_its_text_and_each_call_before_the_last_token() -> None:
+    async with fakes(f"Well.\n{CALL}\n{CALL}") as (manager, (server,)):
+        server.hold_after(tokens=count(f"Well.\n{CALL}\n"))
 
         async def agent(client: Any, session: Session) -> None:
             tools = [{"type": "function", "name": "add", "parameters": {"type": "object", "properties": {}}}]
-            text, kinds = "", []
+            text, kinds, items = "", [], []
             async for event in await client.responses.create(model="policy", input="3 + 4?", tools=tools, stream=True):
                 kinds.append(event.type)
                 text += event.delta if event.type == "response.output_text.delta" else ""
-                if text == "Well.\nI add.":
+                if kinds[-1] == "response.function_call_arguments.done":
+                    assert text == "Well.\nI add."
+                    items.append((event.item_id, event.arguments))
                     server.let_go()
-            message, call = event.response.output
+            message, *calls = event.response.output
             assert (message.content[0].text, text) == ("Well.\nI add.", "Well.\nI add.")
-            assert (call.name, json.loads(call.arguments)) == ("add", {"a": "É 🧮"})
+            assert items == [(call.id, call.arguments) for call in calls]
+            assert [(call.name, json.loads(call.arguments)) for call in calls] == [("add", {"a": "É 🧮"})] * 2
             assert kinds[0] == "response.created"
             assert kinds[-2:] == ["response.output_item.done", "response.completed"]
             assert kinds.index("response.output_text.done") < kinds.index("response.function_call_arguments.done")
 
         rollout = await play(manager, agent)
-    assert rollout.trajectory.num_sampled == count(f"Well.\n{CALL}") + 1
+    assert rollout.trajectory.num_sampled == count(f"Well.\n{CALL}\n{CALL}") + 1

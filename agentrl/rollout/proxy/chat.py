@@ -124,27 +124,29 @@ class Chunks(EventWriter):
             "id": f"chatcmpl-{uuid4().hex}", "created": int(time.time()), "model": model, "object": "chat.completion.chunk",
         }  # fmt: skip
         self._template, self._with_usage = template, with_usage
-        self._opened: set[int] = set()
+        self._num_calls: dict[int, int] = {}
+        """Per answer that was opened."""
 
     def grown(self, index: int, delta: Delta) -> Iterator[dict[str, Any]]:
-        """The role the first time, then text."""
-        if index not in self._opened:
-            self._opened.add(index)
+        """The role the first time, then text, then calls."""
+        if index not in self._num_calls:
+            self._num_calls[index] = 0
             yield self._chunk(index, {"role": "assistant", "content": ""})
         found = None
         if self._template is not None and delta.ids:
             found = logprobs(delta.ids, delta.logprobs, self._template)
         if delta.text or found is not None:
             yield self._chunk(index, {"content": delta.text}, found=found)
+        for position, call in enumerate(delta.calls, self._num_calls[index]):
+            function = call["function"]
+            opening = {**call, "index": position, "function": {"name": function["name"], "arguments": ""}}
+            yield self._chunk(index, {"tool_calls": [opening]})
+            yield self._chunk(index, {"tool_calls": [{"index": position, "function": {"arguments": function["arguments"]}}]})
+        self._num_calls[index] += len(delta.calls)
 
     def ended(self, answers: Sequence[Answer]) -> Iterator[dict[str, Any]]:
-        """The calls, the finish reasons, the usage."""
+        """The finish reasons and the usage."""
         for index, answer in enumerate(answers):
-            for position, call in enumerate(answer.calls):
-                function = call["function"]
-                opening = {**call, "index": position, "function": {"name": function["name"], "arguments": ""}}
-                yield self._chunk(index, {"tool_calls": [opening]})
-                yield self._chunk(index, {"tool_calls": [{"index": position, "function": {"arguments": function["arguments"]}}]})
             yield self._chunk(index, {}, finish=answer.finish)
         if self._with_usage:
             yield {**self._base, "choices": [], "usage": usage(answers)}

@@ -129,13 +129,7 @@ def response(base: Mapping[str, Any], answer: Answer, *, message_id: str | None 
     output: list[dict[str, Any]] = []
     if answer.content or not answer.calls:
         output.append(_message(message_id or f"msg_{uuid4().hex}", answer.content))
-    output += [
-        {
-            "id": f"fc_{uuid4().hex}", "type": "function_call", "status": "completed", "call_id": call["id"],
-            "name": call["function"]["name"], "arguments": call["function"]["arguments"],
-        }
-        for call in answer.calls
-    ]  # fmt: skip
+    output += map(_call, answer.calls)
     is_cut = answer.finish == "length"
     completed = len(answer.generation.ids)
     return {
@@ -157,12 +151,20 @@ def _message(identity: str, text: str) -> dict[str, Any]:
     return {"id": identity, "type": "message", "status": "completed", "role": "assistant", "content": [_part(text)]}
 
 
+def _call(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    return {
+        "id": f"fc_{call['id']}", "type": "function_call", "status": "completed", "call_id": call["id"],
+        "name": function["name"], "arguments": function["arguments"],
+    }  # fmt: skip
+
+
 def _part(text: str) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
 class Events(EventWriter):
-    """The events of a streamed response: the message as it grows, then the calls whole.
+    """The events of a streamed response: the message as it grows, then each call whole.
 
     Args:
         base: what `opened` gave.
@@ -174,36 +176,33 @@ class Events(EventWriter):
         self._base = base
         self._message_id = f"msg_{uuid4().hex}"
         self._number = 0
-        self._has_message = False
+        self._text: str | None = None
+        """Of the message, where there is one."""
+        self._num_calls = 0
 
     def grown(self, index: int, delta: Delta) -> Iterator[dict[str, Any]]:
-        """The opening the first time, then text."""
+        """The opening the first time, then text, then calls, before which the message ends."""
         if not self._number:
             yield self._event("response.created", response=self._base)
             yield self._event("response.in_progress", response=self._base)
         if delta.text:
-            if not self._has_message:
+            if self._text is None:
                 yield from self._open_message()
+            self._text = (self._text or "") + delta.text
             yield self._event("response.output_text.delta", **self._part_at(), delta=delta.text, logprobs=[])
+        for call in delta.calls:
+            if self._text is not None and not self._num_calls:
+                yield from self._end_message(self._text)
+            yield from self._whole_call(_call(call))
 
     def ended(self, answers: Sequence[Answer]) -> Iterator[dict[str, Any]]:
-        """The message's end, the calls, and the whole response."""
+        """The message's end, where no call ended it, and the whole response."""
         (answer,) = answers
         body = response(self._base, answer, message_id=self._message_id)
-        for index, item in enumerate(body["output"]):
-            if item["type"] == "message":
-                if not self._has_message:
-                    yield from self._open_message()
-                part = item["content"][0]
-                yield self._event("response.output_text.done", **self._part_at(), text=part["text"], logprobs=[])
-                yield self._event("response.content_part.done", **self._part_at(), part=part)
-            else:
-                at = {"item_id": item["id"], "output_index": index}
-                opening = {**item, "status": "in_progress", "arguments": ""}
-                yield self._event("response.output_item.added", output_index=index, item=opening)
-                yield self._event("response.function_call_arguments.delta", **at, delta=item["arguments"])
-                yield self._event("response.function_call_arguments.done", **at, arguments=item["arguments"], name=item["name"])
-            yield self._event("response.output_item.done", output_index=index, item=item)
+        if not self._num_calls:
+            if self._text is None:
+                yield from self._open_message()
+            yield from self._end_message(answer.content)
         yield self._event("response.incomplete" if body["status"] == "incomplete" else "response.completed", response=body)
 
     def failed(self, error: Refused) -> Iterator[dict[str, Any]]:
@@ -212,10 +211,26 @@ class Events(EventWriter):
         yield self._event("response.failed", response={**self._base, "status": "failed", "error": found})
 
     def _open_message(self) -> Iterator[dict[str, Any]]:
-        self._has_message = True
+        self._text = ""
         item = {**_message(self._message_id, ""), "status": "in_progress", "content": []}
         yield self._event("response.output_item.added", output_index=0, item=item)
         yield self._event("response.content_part.added", **self._part_at(), part=_part(""))
+
+    def _end_message(self, text: str) -> Iterator[dict[str, Any]]:
+        item = _message(self._message_id, text)
+        yield self._event("response.output_text.done", **self._part_at(), text=text, logprobs=[])
+        yield self._event("response.content_part.done", **self._part_at(), part=item["content"][0])
+        yield self._event("response.output_item.done", output_index=0, item=item)
+
+    def _whole_call(self, item: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        index = (self._text is not None) + self._num_calls
+        self._num_calls += 1
+        at = {"item_id": item["id"], "output_index": index}
+        opening = {**item, "status": "in_progress", "arguments": ""}
+        yield self._event("response.output_item.added", output_index=index, item=opening)
+        yield self._event("response.function_call_arguments.delta", **at, delta=item["arguments"])
+        yield self._event("response.function_call_arguments.done", **at, arguments=item["arguments"], name=item["name"])
+        yield self._event("response.output_item.done", output_index=index, item=item)
 
     def _part_at(self) -> dict[str, Any]:
         return {"item_id": self._message_id, "output_index": 0, "content_index": 0}

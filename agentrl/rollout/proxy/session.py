@@ -21,8 +21,8 @@ from agentrl.protocols import TokenListener
 from agentrl.rollout.agent_loop import RolloutState
 from agentrl.rollout.chat_template import ChatTemplate
 from agentrl.rollout.proxy.messages import fingerprints, template_messages
+from agentrl.rollout.proxy.turn_reader import TurnReader
 from agentrl.rollout.proxy.turn_stream import Delta, TurnStream
-from agentrl.rollout.tool_parsers.openings import Openings
 from agentrl.supervise import deadline, waiting
 from agentrl.types import CallRecord, Generation, Message, SamplingParams, Score, Stop, ToolCall, Turn
 
@@ -75,7 +75,11 @@ class Answer:
 
     @property
     def message(self) -> Message:
-        return {"role": "assistant", "content": self.content, **({"tool_calls": list(self.calls)} if self.calls else {})}
+        return _message(self.content, self.calls)
+
+
+def _message(content: str, calls: Sequence[dict[str, Any]]) -> Message:
+    return {"role": "assistant", "content": content, **({"tool_calls": list(calls)} if calls else {})}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +110,7 @@ class _Request:
     names: Sequence[bytes]
     """Of the prefixes of its conversation (`fingerprints`)."""
     plan: _Plan
+    reader: TurnReader
     context: list[int]
     """All ids that the model is shown."""
     started: float
@@ -162,8 +167,7 @@ class Session:
         Args:
             ask: the request.
             n: answers to it.
-            show: takes the answers while they are sampled; all the deltas of one make its content. Without calls, which are only
-                known when the turn is over.
+            show: takes the answers while they are sampled; all the deltas of one make its content and its calls.
 
         Raises:
             SessionClosed: the rollout is over.
@@ -213,8 +217,13 @@ class Session:
         left = state.tokens_left - (0 if plan.start is None else len(plan.observed))
         if left < 1:
             raise LimitReached("max_tokens", f"the rollout has used its {state.limits.max_tokens} response tokens (serve.tokens)")
-        streams = [] if show is None else [self._stream(ask, partial(show, index)) for index in range(n)]
-        request = _Request(ask=ask, names=names, plan=plan, context=context, started=time.monotonic(), streams=streams)
+        parser = self.state.parser if ask.tools and ask.parses_calls else None
+        reader = TurnReader(parser, thinking=plan.template.opened_thinking, stops=ask.stop, max_calls=ask.max_calls)
+        shows = [] if show is None else [partial(show, index) for index in range(n)]
+        streams = [TurnStream(state.template, reader=reader, write=self._written, show=show) for show in shows]
+        request = _Request(
+            ask=ask, names=names, plan=plan, reader=reader, context=context, started=time.monotonic(), streams=streams
+        )  # fmt: skip
         with self._recorded_if_broken_off(request):
             generations = [await self._sample(request, left)] if n == 1 else await self._sample_many(n, request, left)
             if self.is_closed:  # between the last token and here
@@ -223,12 +232,6 @@ class Session:
         return [self._record(request, g, streams[index] if streams else None) for index, g in enumerate(generations)]
 
     # Streaming
-
-    def _stream(self, ask: Ask, show: Callable[[Delta], None]) -> TurnStream:
-        return TurnStream(self.state.template, stops=ask.stop, openings=self._openings(ask), show=show)
-
-    def _openings(self, ask: Ask) -> Openings:
-        return Openings(self.state.parser if ask.tools and ask.parses_calls else None)
 
     @contextmanager
     def _recorded_if_broken_off(self, request: _Request) -> Generator[None]:
@@ -254,7 +257,7 @@ class Session:
             at = _tokens_to_stop(self.state.template, generation.ids, 0, request.ask.stop)
             generation = generation if at is None else _cut(generation, at)
             segment, _ = self._append(request, generation)
-            self._remember(request, {"role": "assistant", "content": stream.shown}, generation, segment)
+            self._remember(request, _message(stream.shown, stream.calls), generation, segment)
 
     # Where the turn goes
 
@@ -351,9 +354,7 @@ class Session:
 
     def _record(self, request: _Request, generation: Generation, stream: TurnStream | None) -> Answer:
         segment, text = self._append(request, generation)
-        answer = self._read(request, text, generation)
-        if stream is not None:
-            answer = dataclasses.replace(answer, content=stream.end(answer.content, generation))
+        answer = self._read(request, text, generation, stream)
         self._remember(request, answer.message, generation, segment)
         return answer
 
@@ -403,25 +404,24 @@ class Session:
             if is_tool:
                 state.final_from = len(state.texts)
 
-    def _read(self, request: _Request, text: str, generation: Generation) -> Answer:
+    def _read(self, request: _Request, text: str, generation: Generation, stream: TurnStream | None) -> Answer:
         """The turn as the agent sees it. What it is shown need not be all that was sampled; the record is."""
-        ask, is_cut = request.ask, generation.finish == "length"
-        thinking = request.plan.template.opened_thinking
-        found = self.state.parser.find_calls(thinking + text, is_cut=is_cut) if ask.tools and ask.parses_calls else []
-        calls = [c for c in found if isinstance(c, ToolCall)][: ask.max_calls]
-        content = text
-        for stop in ask.stop:
-            content = content.partition(stop)[0]
-        if calls:
-            content = self._openings(ask).before_call(text, calls[0].raw)
-        written: list[dict[str, Any]] = []
-        for call in calls:
-            identity = f"call_{uuid4().hex[:24]}"
-            self._pending_calls[identity] = call
-            function = {"name": call.name, "arguments": self.dumps(call.arguments)}
-            written.append({"id": identity, "type": "function", "function": function})
-        finish = "tool_calls" if written else "length" if is_cut else "stop"
-        return Answer(content=content, calls=written, finish=finish, prompt_tokens=len(request.context), generation=generation)
+        is_cut = generation.finish == "length"
+        said = request.reader.read(text, is_cut=is_cut)
+        if stream is None:
+            content, calls = said.content, [self._written(call) for call in said.calls]
+        else:
+            stream.end(said, generation)
+            content, calls = stream.shown, stream.calls
+        finish = "tool_calls" if calls else "length" if is_cut else "stop"
+        return Answer(content=content, calls=calls, finish=finish, prompt_tokens=len(request.context), generation=generation)
+
+    def _written(self, call: ToolCall) -> dict[str, Any]:
+        """In OpenAI's form; its result is expected from now on."""
+        identity = f"call_{uuid4().hex[:24]}"
+        self._pending_calls[identity] = call
+        function = {"name": call.name, "arguments": self.dumps(call.arguments)}
+        return {"id": identity, "type": "function", "function": function}
 
 
 def _joined(left: Generation, right: Generation) -> Generation:

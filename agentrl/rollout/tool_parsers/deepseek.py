@@ -14,6 +14,7 @@ CALL, SEPARATOR, END_CALL = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>",
 EXAMPLE = f"{BEGIN}{CALL}tool{SEPARATOR}{{…}}{END_CALL}{END}"
 FENCED_EXAMPLE = f"{BEGIN}{CALL}function{SEPARATOR}tool\n```json\n{{…}}\n```{END_CALL}{END}"
 _FENCED = re.compile(r"\s*([^\s`{]{0,256})[ \t]*\n\s*```(?:json)?[ \t]*\n?")
+_CALLS = re.compile(f"{BEGIN}|{CALL}|{SEPARATOR}")
 _FENCE_END = re.compile(r"\s*```\s*")
 
 
@@ -25,10 +26,11 @@ class DeepSeekParser:
     markers: tuple[str, ...] = (CALL, SEPARATOR)
     openers: tuple[str, ...] = (BEGIN, CALL)
     line_openers: tuple[str, ...] = ()
+    closers: tuple[str, ...] = (END_CALL,)
 
     def find_calls(self, text: str, *, is_cut: bool = False) -> list[FoundCall]:
         """The calls of one turn."""
-        text = spoken(text)
+        text = spoken(text, _CALLS)
         _, begin, inside = text.partition(BEGIN)
         if not begin:
             stray = min((p for p in (text.find(CALL), text.find(SEPARATOR)) if p >= 0), default=-1)

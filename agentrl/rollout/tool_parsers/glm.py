@@ -6,7 +6,7 @@ A value is text; the tool's schema turns it into a number, list or object.
 from functools import partial
 
 from agentrl.rollout.tool_parsers import FoundCall, tool_parser
-from agentrl.rollout.tool_parsers.reading import CUT, body_of, call_from, calls_in_blocks, failed, skip_space, spoken
+from agentrl.rollout.tool_parsers.reading import CUT, body_of, call_from, calls_in_blocks, failed, skip_space
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _KEY, _END_KEY, _VALUE, _END_VALUE = "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"
@@ -21,11 +21,12 @@ class GlmParser:
     markers: tuple[str, ...] = (_KEY, _VALUE)
     openers: tuple[str, ...] = (OPEN,)
     line_openers: tuple[str, ...] = ()
+    closers: tuple[str, ...] = (CLOSE,)
 
     def find_calls(self, text: str, *, is_cut: bool = False) -> list[FoundCall]:
         """The calls of one turn."""
         read = partial(self._read, is_cut=is_cut)
-        return calls_in_blocks(spoken(text), read, opening=OPEN, closing=CLOSE)
+        return calls_in_blocks(text, read, opening=OPEN, closing=CLOSE)
 
     def _read(self, text: str, start: int, *, is_cut: bool) -> tuple[FoundCall, int]:
         """One call whose body begins at ``start``; also returns where to go on."""

@@ -6,6 +6,7 @@ channel; text that merely mentions one is no call. Reasoning is the analysis cha
 """
 
 import re
+from collections.abc import Mapping
 
 from agentrl.rollout.tool_parsers import FoundCall, tool_parser
 from agentrl.rollout.tool_parsers.reading import CUT, DECODER, MAX_CALLS, call_from, explain_json, failed, skip_space
@@ -27,6 +28,8 @@ class GptOssParser:
     markers: tuple[str, ...] = ("<|channel|>", "to=functions.", "<|call|>")
     openers: tuple[str, ...] = ("<|start|>assistant to=", "<|channel|>commentary", " to=functions.", "commentary to=functions.")
     line_openers: tuple[str, ...] = ()
+    closers: tuple[str, ...] = ("<|call|>", "<|end|>")
+    reasoning: Mapping[str, str] = {}  # noqa: RUF012  # it has a channel
 
     def find_calls(self, text: str, *, is_cut: bool = False) -> list[FoundCall]:
         """The calls of one turn."""

@@ -16,7 +16,6 @@ from agentrl.rollout.tool_parsers.reading import (
     explain_json,
     failed,
     skip_space,
-    spoken,
 )
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
@@ -31,11 +30,12 @@ class HermesParser:
     markers: tuple[str, ...] = ('{"name"', "<tool_call>")
     openers: tuple[str, ...] = (OPEN,)
     line_openers: tuple[str, ...] = ()
+    closers: tuple[str, ...] = (CLOSE,)
 
     def find_calls(self, text: str, *, is_cut: bool = False) -> list[FoundCall]:
         """The calls of one turn. Calls the model only thought about, inside ``<think>``, are not calls."""
         read = partial(self._read, is_cut=is_cut)
-        return calls_in_blocks(spoken(text), read, opening=OPEN, closing=CLOSE)
+        return calls_in_blocks(text, read, opening=OPEN, closing=CLOSE)
 
     def _read(self, text: str, start: int, *, is_cut: bool) -> tuple[FoundCall, int]:
         """One call whose body begins at ``start``; also returns where to go on."""

@@ -14,7 +14,8 @@ from agentrl.rollout.tool_parsers.reading import DECODER, MAX_CALLS, call_of_obj
 TAG = "<|python_tag|>"
 EXAMPLE = '{"name": "<tool>", "parameters": {…}}'
 _KEYS = ("parameters", "arguments")
-_OPENING = re.compile(r"""^[ \t]*(\{\s*["'](?:name|type)["']\s*:)""", re.MULTILINE)
+_OPENING = re.compile(r"""(?:^|(?<=</think>))[ \t]*(\{\s*["'](?:name|type)["']\s*:)""", re.MULTILINE)
+_CALLS = re.compile(rf"{re.escape(TAG)}|{_OPENING.pattern}", re.MULTILINE)
 _BUILT_IN = re.compile(r"\s*([A-Za-z_][\w.]*?)\.call(?=\()")
 _IS_CALL = re.compile(r"""["'](?:name|function)["']""")
 
@@ -27,15 +28,17 @@ class Llama3JsonParser:
     markers: tuple[str, ...] = ('"parameters": dictionary of argument', TAG, '"parameters": ')
     openers: tuple[str, ...] = (TAG,)
     line_openers: tuple[str, ...] = ("{",)
+    closers: tuple[str, ...] = ("}",)
 
     def find_calls(self, text: str, *, is_cut: bool = False) -> list[FoundCall]:
         """The calls of one turn."""
-        text = spoken(text)
-        _, tag, after = text.partition(TAG)
-        if tag:
-            return self._tagged(after, is_cut=is_cut)
-        opening = _OPENING.search(text)
-        return [] if opening is None else self._objects(text, opening.start(1), is_cut=is_cut)
+        text = spoken(text, _CALLS)
+        first = _CALLS.search(text)
+        if first is None:
+            return []
+        if first.group(1) is None:
+            return self._tagged(text[first.end() :], is_cut=is_cut)
+        return self._objects(text, first.start(1), is_cut=is_cut)
 
     def _tagged(self, text: str, *, is_cut: bool) -> list[FoundCall]:
         built_in = _BUILT_IN.match(text)

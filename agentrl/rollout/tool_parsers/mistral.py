@@ -5,12 +5,14 @@ is read as calls too.
 """
 
 import re
+from collections.abc import Mapping
 
 from agentrl.rollout.tool_parsers import FoundCall, ParseFailure, tool_parser
 from agentrl.rollout.tool_parsers.reading import (
     CUT,
     DECODER,
     MAX_CALLS,
+    REASONING,
     call_from,
     call_of_object,
     explain_json,
@@ -24,6 +26,7 @@ LIST_EXAMPLE = f'{MARKER} [{{"name": "<tool>", "arguments": {{…}}}}]'
 ARGS_EXAMPLE = f"{MARKER}<tool>{ARGS}{{…}}"
 _NAMED = re.compile(r"\s*([\w.\-]{1,256})\s*(?:\[CALL_ID\]\s*(\w{0,64})\s*)?\[ARGS\]")
 _BARE_LIST = re.compile(r'\s*\[\s*\{\s*"name"\s*:')
+_CALLS = re.compile(rf'{re.escape(MARKER)}|{re.escape(ARGS)}|\[\s*\{{\s*"name"\s*:')
 
 
 @tool_parser("mistral")
@@ -34,10 +37,12 @@ class MistralParser:
     markers: tuple[str, ...] = (MARKER, ARGS)
     openers: tuple[str, ...] = (MARKER, ARGS)
     line_openers: tuple[str, ...] = ("[",)
+    closers: tuple[str, ...] = (MARKER,)  # the next call's: what follows a call can make it malformed
+    reasoning: Mapping[str, str] = {**REASONING, "[THINK]": "[/THINK]"}  # noqa: RUF012
 
     def find_calls(self, text: str, *, is_cut: bool = False) -> list[FoundCall]:
         """The calls of one turn."""
-        text = spoken(spoken(text), opening="[THINK]", closing="[/THINK]")
+        text = spoken(text, _CALLS, self.reasoning)
         if MARKER not in text:
             if _NAMED.match(text):
                 return self._block(text, is_cut=is_cut)

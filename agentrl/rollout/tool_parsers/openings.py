@@ -1,10 +1,11 @@
 """Where the markup of calls begins in a turn, also in one that is still being sampled."""
 
 import re
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from agentrl.rollout.tool_parsers import ToolParser
-
-_END_OF_REASONING = "</think>"
+from agentrl.rollout.tool_parsers.reading import REASONING, speech_span
 
 
 def first_of(text: str, mark: str, start: int) -> int:
@@ -18,9 +19,12 @@ def first_of(text: str, mark: str, start: int) -> int:
     return len(text)
 
 
-def _after_reasoning(text: str, start: int) -> int:
-    thought = text.rfind(_END_OF_REASONING, start)
-    return start if thought < 0 else thought + len(_END_OF_REASONING)
+class Place(NamedTuple):
+    """A position in a turn."""
+
+    position: int
+    closing: str
+    """The tag that ends the reasoning in which it stands, and in which markup is text; empty outside of reasoning."""
 
 
 class Openings:
@@ -28,36 +32,60 @@ class Openings:
 
     Args:
         parser: of the format; None where no calls are looked for.
+        thinking: what the prompt opened on the model's behalf: turns begin in reasoning.
     """
 
-    def __init__(self, parser: ToolParser | None) -> None:
+    def __init__(self, parser: ToolParser | None, *, thinking: str = "") -> None:
         self._marks = parser.openers if parser is not None else ()
         self._line_starts = parser.line_openers if parser is not None else ()
-        lines = "|".join(map(re.escape, self._line_starts))
-        self._line_marks = re.compile(rf"^[ \t]*({lines})", re.MULTILINE) if lines else None
+        self._thinking = thinking
+        self._reasoning: Mapping[str, str] = getattr(parser, "reasoning", REASONING)
+        begins = "|".join(["^", *(f"(?<={re.escape(tag)})" for tag in self._reasoning.values())])
+        lines = "|".join(map(re.escape, self._line_starts)) or "(?!)"
+        self._line_marks = re.compile(rf"(?:{begins})[ \t]*({lines})", re.MULTILINE)
+        self._all_marks = re.compile("|".join([*map(re.escape, self._marks), self._line_marks.pattern]), re.MULTILINE)
+        self.start = Place(0, self._reasoning.get(thinking, ""))
+        """Of every turn."""
 
-    def begins_at(self, text: str, start: int = 0) -> int:
-        """The first position at which a call's markup begins or, at the end of the text, may begin; else the text's length.
+    def begins_at(self, text: str, after: Place) -> Place:
+        """The first position at which a call's markup begins or, at the end of the text, may begin; else the text's end.
 
         Without the white space before it, which belongs to the markup. Markup in reasoning is none.
 
         Args:
-            start: nothing begins before it.
+            text: the turn so far.
+            after: nothing begins before it; for example what this gave when the text was shorter.
         """
-        if not self._marks and self._line_marks is None:
-            return len(text)
-        begin = _after_reasoning(text, start)
-        end = min((first_of(text, mark, begin) for mark in self._marks), default=len(text))
-        line = self._line_marks.search(text, begin) if self._line_marks is not None else None
-        if line is not None:
-            end = min(end, line.start(1))
-        return max(start, len(text[:end].rstrip()))
+        if not self._marks and not self._line_starts:
+            return Place(len(text), "")
+        position, closing = after
+        while True:
+            if closing:
+                end = first_of(text, closing, position)
+                if not text.startswith(closing, end):
+                    return Place(end, closing)
+                position, closing = end + len(closing), ""
+            mark = self._mark(text, position)
+            opened = min((first_of(text, tag, position), tag) for tag in self._reasoning) if self._reasoning else (mark, "")
+            if opened[0] >= mark or not text.startswith(opened[1], opened[0]):
+                return Place(position + len(text[position : min(opened[0], mark)].rstrip()), "")
+            position, closing = opened[0] + len(opened[1]), self._reasoning[opened[1]]
+
+    def _mark(self, text: str, start: int) -> int:
+        end = min((first_of(text, mark, start) for mark in self._marks), default=len(text))
+        line = self._line_marks.search(text, start)
+        return end if line is None else min(end, line.start(1))
 
     def before_call(self, text: str, raw: str) -> str:
-        """What a whole turn says before the markup of its calls, the first of which is ``raw``."""
-        begin = _after_reasoning(text, 0)
-        places = [text.find(mark, begin) for mark in (*self._marks, raw)]
-        said = text[: min((place for place in places if place >= 0), default=len(text))].rstrip()
+        """What a turn says before the markup of its calls, the first of which is ``raw``."""
+        whole = self._thinking + text
+        begin = max(0, speech_span(whole, self._all_marks, self._reasoning)[0] - len(self._thinking))
+        end = min((place for mark in self._marks if (place := text.find(mark, begin)) >= 0), default=len(text))
+        line = self._line_marks.search(text, begin)
+        start = -1 if line is None else text.find(raw, line.start(1))
+        if line is None or not 0 <= start < end:
+            return text[:end].rstrip()
+        said = text[:start].rstrip()
         for mark in self._line_starts:  # the bracket around a list of calls is no part of the first one
             said = said.removesuffix(mark).rstrip()
-        return said
+        return max(said, text[: line.start(1)].rstrip(), key=len)

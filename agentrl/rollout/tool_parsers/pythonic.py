@@ -15,7 +15,9 @@ BLOCKS = (
     ("<|tool_call_start|>", "<|tool_call_end|>"),
     ("<function_calls>", "</function_calls>"),
 )
-_BARE = re.compile(r"^[ \t]*(\[\s*[A-Za-z_][\w.\-]*\()", re.MULTILINE)
+_BARE = re.compile(r"(?:^|(?<=</think>))[ \t]*(\[\s*[A-Za-z_][\w.\-]*\()", re.MULTILINE)
+_MARKS = re.compile("|".join(re.escape(mark) for block in BLOCKS for mark in block))
+_CALLS = re.compile(f"{_MARKS.pattern}|{_BARE.pattern}", re.MULTILINE)
 _MAX_BARE = 32
 """Lines that look like a list of calls and are tried, from the last one upwards."""
 
@@ -26,15 +28,17 @@ class PythonicParser:
 
     name = "pythonic"
     markers: tuple[str, ...] = ("<|tool_call_start|>", "<|python_start|>", "<function_calls>", "[func_name1(")
-    openers: tuple[str, ...] = tuple(opening for opening, _ in BLOCKS)
+    openers: tuple[str, ...] = tuple(mark for block in BLOCKS for mark in block)
     line_openers: tuple[str, ...] = ("[",)
+    closers: tuple[str, ...] = tuple(closing for _, closing in BLOCKS)
 
     def find_calls(self, text: str, *, is_cut: bool = False) -> list[FoundCall]:
         """The calls of one turn."""
-        text = spoken(text)
-        for opening, closing in BLOCKS:
-            if opening in text or closing in text:
-                return self._blocks(text, opening, closing, is_cut=is_cut)
+        text = spoken(text, _CALLS)
+        mark = _MARKS.search(text)
+        if mark is not None:  # the first one's family; another's is text
+            opening, closing = next(block for block in BLOCKS if mark.group() in block)
+            return self._blocks(text, opening, closing, is_cut=is_cut)
         starts = [match.start(1) for match in _BARE.finditer(text)]
         if not starts:
             return []

@@ -8,7 +8,7 @@ import re
 from functools import partial
 
 from agentrl.rollout.tool_parsers import FoundCall, tool_parser
-from agentrl.rollout.tool_parsers.reading import CUT, body_of, call_from, calls_in_blocks, failed, skip_space, spoken
+from agentrl.rollout.tool_parsers.reading import CUT, body_of, call_from, calls_in_blocks, failed, skip_space
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _FUNCTION, _END_FUNCTION = "<function=", "</function>"
@@ -25,11 +25,12 @@ class Qwen3CoderParser:
     markers: tuple[str, ...] = (_FUNCTION, _PARAMETER)
     openers: tuple[str, ...] = (OPEN, _FUNCTION)
     line_openers: tuple[str, ...] = ()
+    closers: tuple[str, ...] = (CLOSE,)
 
     def find_calls(self, text: str, *, is_cut: bool = False) -> list[FoundCall]:
         """The calls of one turn."""
         read = partial(self._read, is_cut=is_cut)
-        return calls_in_blocks(spoken(text), read, opening=OPEN, closing=CLOSE, inner=_FUNCTION, example=EXAMPLE)
+        return calls_in_blocks(text, read, opening=OPEN, closing=CLOSE, inner=_FUNCTION, example=EXAMPLE)
 
     def _read(self, text: str, start: int, *, is_cut: bool) -> tuple[FoundCall, int]:
         """One call whose body begins at ``start``; also returns where to go on."""

@@ -5,9 +5,11 @@ Everything here is linear in the text: a turn that repeats itself thousands of t
 
 import ast
 import json
+import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, NoReturn
 
 from agentrl.rollout.tool_parsers import FoundCall, ParseFailure
@@ -18,6 +20,8 @@ MAX_CALLS = 64
 MAX_RAW = 2000
 """Characters of a malformed call that are kept for people to read."""
 CUT = "the call was cut off by the token limit before it was complete. Write a shorter one"
+THINK, END_THINK = "<think>", "</think>"
+REASONING = {THINK: END_THINK}
 _SPACE = re.compile(r"\s*")
 _MAX_NAME = 256
 
@@ -26,7 +30,16 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-DECODER = json.JSONDecoder(strict=False, parse_constant=_no_constant)  # not strict: raw newlines in strings (code)
+def _finite(written: str) -> float:
+    number = float(written)
+    if not math.isfinite(number):  # no JSON could say it again
+        raise ValueError(f"{written[:40]} is too large a number")
+    return number
+
+
+DECODER = json.JSONDecoder(
+    strict=False, parse_constant=_no_constant, parse_float=_finite
+)  # not strict: raw newlines in strings (code)
 
 
 def skip_space(text: str, start: int) -> int:
@@ -35,11 +48,47 @@ def skip_space(text: str, start: int) -> int:
     return match.end() if match else start
 
 
-def spoken(text: str, *, opening: str = "<think>", closing: str = "</think>") -> str:
-    """What follows the reasoning; nothing, where the reasoning never ended. Calls inside reasoning are not calls."""
-    _, thought, rest = text.rpartition(closing)
-    # a turn may think twice: what stands behind the last open marker was never spoken
-    return (rest if thought else text).partition(opening)[0]
+def spoken(text: str, calls: re.Pattern[str], reasoning: Mapping[str, str] = REASONING) -> str:
+    """What is said in a turn (`speech_span`)."""
+    start, end = speech_span(text, calls, reasoning)
+    return text[start:end]
+
+
+def speech_span(text: str, calls: re.Pattern[str], reasoning: Mapping[str, str]) -> tuple[int, int]:
+    """Where what follows the reasoning begins and ends; calls inside reasoning are not calls.
+
+    Read from the left, so that nothing that comes later changes what was a call: behind the first call that is spoken, tags of
+    reasoning are text, because a call's arguments may hold them (prompts, code). Reasoning that the prompt opened ends with a
+    closing tag before any call.
+
+    Args:
+        text: one turn.
+        calls: with what a call begins. A line that begins behind a closing tag is a line of its own.
+        reasoning: the tags that begin reasoning, each with the one that ends it.
+    """
+    if not reasoning:
+        return 0, len(text)
+    openings = any_of(tuple(reasoning))
+    position, call = 0, -1
+    while True:
+        if call < position:
+            match = calls.search(text, position)
+            call = match.start() if match else len(text)
+        opened = openings.search(text, position, call)
+        if opened is None:
+            ends = [place + len(tag) for tag in reasoning.values() if (place := text.rfind(tag, position, call)) >= 0]
+            return max(ends, default=position), len(text)
+        closing = reasoning[opened.group()]
+        end = text.find(closing, opened.end())
+        if end < 0:
+            return position, opened.start()
+        position = end + len(closing)
+
+
+@cache
+def any_of(marks: Sequence[str]) -> re.Pattern[str]:
+    """One of these strings."""
+    return re.compile("|".join(map(re.escape, marks)) or "(?!)")
 
 
 def body_of(text: str, start: int, *, opening: str, closing: str) -> tuple[str, int | None]:
@@ -63,19 +112,23 @@ def calls_in_blocks(
 ) -> list[FoundCall]:
     """The calls of a turn in which each stands between two markers.
 
+    A turn may think again between its calls; what stands in an open ``<think>`` was never spoken.
+
     Args:
-        text: what was spoken.
+        text: one turn.
         read: one call whose body begins at this position; also returns where to go on.
         opening: the marker before a call.
         closing: the marker behind it.
         inner: what begins a body in this format; outside of one it is a call that lacks ``opening``.
         example: a well-formed call, shown where that happened.
     """
+    text = spoken(text, any_of((opening, inner) if inner is not None else (opening,)))
     found: list[FoundCall] = []
-    position = 0
+    position, start = 0, 0
     while len(found) < MAX_CALLS:
-        start = text.find(opening, position)
-        before = start if start >= 0 else len(text)
+        start = text.find(opening, position) if 0 <= start <= position else start
+        thought = text.find(THINK, position, start if start >= 0 else len(text))
+        before = thought if thought >= 0 else start if start >= 0 else len(text)
         bare = text.find(inner, position, before) if inner is not None else -1
         stray = text.find(closing, position, before)
         if bare >= 0:
@@ -85,6 +138,10 @@ def calls_in_blocks(
         elif stray >= 0:
             found.append(failed(f"{closing} without {opening} before it", text[position:stray][-MAX_RAW:].strip()))
             position = stray + len(closing)
+        elif thought >= 0:
+            position = text.find(END_THINK, thought)
+            if position < 0:
+                return found
         elif start < 0:
             return found
         else:

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 
 from agentrl.rollout.chat_template import ChatTemplate
+from agentrl.rollout.proxy.turn_reader import Said, TurnReader
 from agentrl.rollout.proxy.turn_stream import Delta, TurnStream
 from agentrl.rollout.token_text import GrowingText, TokenText
 from agentrl.rollout.tool_parsers import get_tool_parser, tool_parsers
 from agentrl.rollout.tool_parsers.openings import Openings, first_of
 from agentrl.testing.tiny_model import make_tiny_tokenizer
-from agentrl.types import Generation, SampledTokens
+from agentrl.types import Generation, SampledTokens, ToolCall
 
 TOKENIZER = make_tiny_tokenizer()
 TEMPLATE = ChatTemplate(TOKENIZER, tools=None)
@@ -28,6 +29,10 @@ CALLS = {
 }
 
 
+def written(call: ToolCall) -> dict[str, Any]:
+    return {"name": call.name, "arguments": dict(call.arguments)}
+
+
 def played(
     text: str, *, stops: Sequence[str] = (), parser: str | None = None, sizes: Sequence[int] = (1,), ends: bool = True
 ) -> tuple[TurnStream, list[Delta], Generation]:
@@ -41,8 +46,8 @@ def played(
         server="s",
     )
     deltas: list[Delta] = []
-    openings = Openings(None if parser is None else get_tool_parser(parser))
-    stream = TurnStream(TEMPLATE, stops=stops, openings=openings, show=deltas.append)
+    reader = TurnReader(None if parser is None else get_tool_parser(parser), stops=stops)
+    stream = TurnStream(TEMPLATE, reader=reader, write=written, show=deltas.append)
     start = turn = 0
     while start < len(ids):
         part = slice(start, start + sizes[turn % len(sizes)])
@@ -63,7 +68,8 @@ def test_multi_byte_characters_come_whole_and_every_token_once(sizes: Sequence[i
     assert text_of(deltas) == said
     if sizes == (1,):
         assert len([delta for delta in deltas if delta.text]) > 5
-    assert stream.end(said, generation) == said
+    stream.end(Said(said, ()), generation)
+    assert stream.shown == said
     assert [i for delta in deltas for i in delta.ids] == generation.ids
     assert [x for delta in deltas for x in delta.logprobs] == generation.logprobs
     broken_off = stream.so_far()
@@ -74,7 +80,7 @@ def test_multi_byte_characters_come_whole_and_every_token_once(sizes: Sequence[i
 def test_bytes_that_are_no_character_are_shown_as_the_whole_turn_shows_them() -> None:
     broken = [next(i for i in range(len(TOKENIZER)) if TokenText(TOKENIZER).bytes_of([i]) == bytes([0xF0]))] * 2
     deltas: list[Delta] = []
-    stream = TurnStream(TEMPLATE, stops=(), openings=Openings(None), show=deltas.append)
+    stream = TurnStream(TEMPLATE, reader=TurnReader(None), write=written, show=deltas.append)
     stream.take(SampledTokens([*broken, *TOKENIZER.encode("a")], [-1.0] * 3, [0] * 3, "s"))
     assert text_of(deltas) == TEMPLATE.decode([*broken, *TOKENIZER.encode("a")]) == "\ufffd\ufffda"
 
@@ -113,13 +119,35 @@ def test_a_call_that_was_only_thought_about_holds_nothing_up() -> None:
     said = f"<think>\nI could {CALLS['hermes']}\n</think>\nNo: it is 7"
     stream, deltas, generation = played(said, parser="hermes")
     assert text_of(deltas) == said
-    assert stream.end(said, generation) == said
+    stream.end(Said(said, ()), generation)
+    assert stream.shown == said
 
 
 def test_what_cannot_be_taken_back_is_kept() -> None:
     stream, deltas, generation = played("shown", ends=False)
-    assert stream.end("other", generation) == "shown"
-    assert text_of(deltas) == "shown"
+    stream.end(Said("other", ()), generation)
+    assert text_of(deltas) == stream.shown == "shown"
+
+
+BLOCKS = sorted(set(CALLS) - {"gpt_oss", "mistral", "pythonic"})
+"""Formats in which a call has an end that a turn goes on behind."""
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_call_is_shown_when_its_block_has_closed_and_one_that_may_be_malformed_is_not(name: str) -> None:
+    call = {"name": "add", "arguments": {"a": 1 if "1}" in CALLS[name] else "1"}}
+    more = CALLS[name].removeprefix("<｜tool▁calls▁begin｜>").removesuffix("<｜tool▁calls▁end｜>")
+    whole = CALLS[name].removesuffix("<｜tool▁calls▁end｜>")
+    stream, deltas, _ = played(f"I add.\n{whole}", parser=name, ends=False)
+    assert (text_of(deltas), stream.calls) == ("I add.", [call])
+    assert [len(delta.calls) for delta in deltas] == [0] * (len(deltas) - 1) + [1]
+    assert len(played(f"{whole}\n{more}", parser=name, ends=False)[0].calls) == 2
+    assert played(whole[:-1], parser=name, ends=False)[0].calls == []
+    assert played(f"{whole.replace('add', '')}\n{more}", parser=name, ends=False)[0].calls == []
+    assert played(f"STOP {whole}", parser=name, stops=["STOP"], ends=False)[0].calls == []
+    stream, deltas, generation = played(f"{whole}\n{more} and so on", parser=name)
+    stream.end(TurnReader(get_tool_parser(name)).read(f"{whole}\n{more} and so on", is_cut=False), generation)
+    assert [call for delta in deltas for call in delta.calls] == stream.calls
 
 
 @pytest.mark.parametrize(("text", "mark", "place"), [("abc", "bc", 1), ("abc", "cd", 2), ("abc", "x", 3), ("aab", "abx", 1)])

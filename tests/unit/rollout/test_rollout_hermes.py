@@ -117,6 +117,10 @@ def test_a_call_cut_by_the_token_limit_says_so() -> None:
     assert "closing brace is missing" in only_failure('<tool_call>\n{"name": "f", "x": "', is_cut=False).reason
 
 
+def test_a_number_that_no_json_can_hold_is_malformed() -> None:
+    assert "1e400 is too large a number" in only_failure(call('{"name": "f", "arguments": {"a": 1e400}}')).reason
+
+
 def test_a_close_tag_alone_is_a_failure() -> None:
     assert "without <tool_call>" in only_failure('{"name": "f", "arguments": {}}\n</tool_call>').reason
 

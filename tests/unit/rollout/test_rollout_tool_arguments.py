@@ -21,6 +21,7 @@ POINT = {"type": "object", "properties": {"x": {"type": "number"}, "on": {"type"
         ({"type": "array", "items": {"$ref": "#/$defs/Point"}}, '[{"x": "2"}]', [{"x": 2}]),
         ({"type": "array", "prefixItems": [{"type": "integer"}], "items": {"type": "string"}}, ["1", 2], [1, "2"]),
         ({"type": "object", "additionalProperties": {"type": "integer"}}, {"a": "1"}, {"a": 1}),
+        ({"type": "object", "patternProperties": {"^n": {"type": "integer"}}}, {"n1": "1", "m": "1"}, {"n1": 1, "m": "1"}),
         ({"enum": [1, 2]}, "2", 2),
         ({"enum": ["celsius", "kelvin"], "type": "string"}, " Celsius ", "celsius"),
         ({"const": 3}, "3", 3),
@@ -62,6 +63,54 @@ def test_what_does_not_fit_is_explained_where_it_is(schema: dict[str, Any], give
     with pytest.raises(ArgumentError) as caught:
         arguments.bind({"v": given})
     assert message in str(caught.value)
+
+
+def test_a_schema_is_read_in_its_own_draft() -> None:
+    pair = {"type": "array", "items": [{"type": "number"}, {"type": "integer"}], "additionalItems": False}
+    for named in ({}, {"$schema": "http://json-schema.org/draft-07/schema#"}):
+        arguments = Arguments({**named, "properties": {"v": pair}})
+        assert arguments.bind({"v": ["0.5", "2"]}) == {"v": [0.5, 2]}
+        with pytest.raises(ArgumentError, match="Additional items are not allowed"):
+            arguments.bind({"v": [1, 2, 3]})
+    old = Arguments(
+        {
+            "$schema": "http://json-schema.org/draft-04/schema#",
+            "properties": {"v": {"type": "integer", "minimum": 0, "exclusiveMinimum": True}},
+        }
+    )
+    with pytest.raises(ArgumentError, match="less than or equal to the minimum"):
+        old.bind({"v": "0"})
+
+
+def test_parameters_that_a_composition_names_are_known_and_others_are_not() -> None:
+    either = [
+        {"properties": {"kind": {"const": kind}, "value": {"type": of}}, "required": ["kind", "value"]}
+        for kind, of in (("count", "integer"), ("name", "string"))
+    ]
+    arguments = Arguments({"type": "object", "oneOf": either})
+    assert arguments.bind({"kind": "count", "value": "3"}) == {"kind": "count", "value": 3}
+    assert arguments.bind({"kind": "name", "value": "3"}) == {"kind": "name", "value": "3"}
+    with pytest.raises(ArgumentError, match="'more' was unexpected"):
+        arguments.bind({"kind": "name", "value": "3", "more": 1})
+    both = Arguments(
+        {"allOf": [{"properties": {"a": {"type": "integer"}}}, {"$ref": "#/$defs/b"}], "$defs": {"b": {"properties": {"b": {}}}}}
+    )
+    assert both.bind({"a": "1", "b": 2}) == {"a": 1, "b": 2}
+
+
+@pytest.mark.parametrize(("value", "fits"), [("0.07", True), (19.99, True), (10**40, True), (0.071, False)])
+def test_multiples_are_of_decimal_numbers(value: object, fits: bool) -> None:
+    arguments = Arguments({"properties": {"v": {"type": "number", "multipleOf": 0.01}}})
+    if fits:
+        assert arguments.bind({"v": value}) == {"v": float(value) if isinstance(value, str) else value}
+    else:
+        with pytest.raises(ArgumentError, match=r"0\.071 is not a multiple of 0\.01"):
+            arguments.bind({"v": value})
+
+
+def test_a_number_that_no_json_can_hold_is_none() -> None:
+    with pytest.raises(ArgumentError, match="'1e400' is not of type 'number'"):
+        Arguments({"properties": {"v": {"type": "number"}}}).bind({"v": "1e400"})
 
 
 def test_a_misspelt_name_is_one_problem() -> None:

@@ -139,6 +139,24 @@ def test_thoughts_that_the_prompt_opened_are_no_speech_when_the_turn_is_cut() ->
     assert parser.find_calls(template.opened_thinking + thought, is_cut=True) == []
 
 
+@pytest.mark.parametrize("as_text", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_history_in_openais_form_is_printed_as_in_the_templates_own(name: str, as_text: bool) -> None:
+    template = template_of(name)
+    question: Message = {"role": "user", "content": "1 + 6?"}
+    given: Any = '{"a": "1"}' if as_text else {"a": "1"}
+    call = {"id": "call_0123456789abcdef01234567", "type": "function", "function": {"name": "f", "arguments": given}}
+    history: list[Message] = [
+        question, {"role": "assistant", "content": "", "tool_calls": [call]}, {**RESULT, "tool_call_id": call["id"]},
+    ]  # fmt: skip
+    own = template.call("f", {"a": "1"})
+    expected = template.render(
+        [question, {"role": "assistant", "content": "", "tool_calls": [own]}, {**RESULT, "tool_call_id": own["id"]}],
+        generation_prompt=True,
+    )
+    assert template.decode_all(template.prompt_ids(history)) == expected
+
+
 def test_a_template_that_hides_results_is_refused() -> None:
     hides = family_tokenizer.__wrapped__("pythonic")
     hides.chat_template = FAMILIES["pythonic"].template.replace(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from agentrl import supervise
-from agentrl.errors import ConfigError, ToolInfraError
+from agentrl.errors import ConfigError, ToolBusy, ToolInfraError
 from agentrl.plugins import load_object
 from agentrl.protocols import ToolResult
 from agentrl.rollout import tool_limits
@@ -124,6 +124,20 @@ async def test_waiting_for_the_rate_is_not_the_calls_time(project: Path) -> None
     results = await asyncio.gather(*(ask(box, str(n)) for n in range(4)))
     assert all(r[0].ok for r in results)
     assert loop.time() - started >= 0.59
+
+
+@pytest.mark.asyncio
+async def test_a_service_that_closes_for_long_is_infrastructure_at_once_and_opens_the_circuit(project: Path) -> None:
+    box = make(project, timeout_s=30)
+    load_object("limited:FAILURES", root=project)[:] = [ToolBusy("quota", retry_after_s=86_400)]
+    with pytest.raises(ToolInfraError, match="quota"):
+        await ask(box, "x")
+    while box.blocked() is None:  # nothing is waited for: the rollouts' deadlines would blame the model
+        with pytest.raises(ToolInfraError, match="`ask`: its service asked not to be called for another 86"):
+            await asyncio.wait_for(ask(box, "x"), 60)
+    stats = box.stats()["ask"]
+    assert stats["infra_errors"] == stats["calls"] > 1
+    assert load_object("limited:CALLS", root=project) == ["x"]
 
 
 @pytest.mark.asyncio

@@ -58,7 +58,9 @@ QWEN3_CODER: list[Case] = [
     ("</tool_call>", ["</tool_call> without <tool_call>"]),
     ("<think>" + xml("f") + "</think>No.", []),
     ("<think>still " + xml("f"), []),
-    ("hm " + xml("f") + "</think>" + xml("g"), [("g", {})]),
+    ("<think>hm " + xml("f") + "</think>" + xml("g"), [("g", {})]),
+    ("hm</think>" + xml("f") + "<think>or " + xml("g") + "</think>" + xml("h"), [("f", {}), ("h", {})]),
+    (xml("f") + "<think>or " + xml("g"), [("f", {})]),
     ("Use a tool, or not.", []),
     (xml("f", a="\ud800"), ["surrogate"]),
 ]
@@ -259,6 +261,30 @@ CASES = {
 @pytest.mark.parametrize(("name", "text", "expected"), [(n, *case) for n, cases in CASES.items() for case in cases])
 def test_calls_are_found_and_malformed_ones_say_what_to_change(name: str, text: str, expected: Expected) -> None:
     check(name, text, expected)
+
+
+@pytest.mark.parametrize("said", ["</think>", "<think>", "<think>hm</think>", "</think> <think>"])
+@pytest.mark.parametrize("before", ["", "<think>I could.</think>\n", "I could.</think>"])
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("hermes", '<tool_call>{"name": "f", "arguments": {"a": "%s"}}</tool_call>'),
+        ("qwen3_coder", xml("f", a="%s")),
+        ("glm", glm("f", a="%s")),
+        ("llama3_json", '{"name": "f", "parameters": {"a": "%s"}}'),
+        ("mistral", '[TOOL_CALLS]f[ARGS]{"a": "%s"}'),
+        ("deepseek", deepseek(v31("f", '{"a": "%s"}'))),
+        ("pythonic", "[f(a='%s')]"),
+    ],
+)
+def test_tags_of_reasoning_in_an_argument_are_part_of_it(name: str, written: str, before: str, said: str) -> None:
+    check(name, before + written % said, [("f", {"a": said})])
+
+
+def test_a_call_before_the_tag_of_another_is_not_lost() -> None:
+    text = '{"name": "f", "parameters": {}}\n<|python_tag|>{"name": "g", "parameters": {}}'
+    check("llama3_json", text, [("f", {}), ("g", {})])
+    check("pythonic", "<function_calls>f(a='<|python_start|>')</function_calls>", [("f", {"a": "<|python_start|>"})])
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,25 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.asyncio
+async def test_a_verl_tools_reward_may_be_any_number(project: Path) -> None:
+    (project / "numbers_tool.py").write_text(
+        "import numpy as np\nfrom verl.tools.base_tool import BaseTool\nREWARDS = [np.float32(0.5), np.int64(2), True, 1]\n"
+        "class Rewarding(BaseTool):\n"
+        "    async def execute(self, instance_id, parameters, **kwargs):\n"
+        "        return 'told', REWARDS.pop(0), {'m': np.float32(0.25), 'said': 'x'}\n"
+    )
+    entry = {
+        "class_name": "numbers_tool.Rewarding",
+        "config": {"type": "native"},
+        "tool_schema": {"type": "function", "function": {"name": "r", "description": "R.", "parameters": {"type": "object"}}},
+    }
+    box = load_tools([entry], base_dir=project)
+    async with box.session(task=Task(id="t", prompt=[], data_source="d"), trajectory_id="t", sample_index=0) as tools:
+        answers = [(await tools.run([ToolCall(name="r", arguments={})]))[0] for _ in range(4)]
+    assert [(answer.text, answer.reward) for answer in answers] == [("told", 0.5), ("told", 2.0), ("told", 1.0), ("told", 1.0)]
+
+
+@pytest.mark.asyncio
 async def test_a_verl_tool_file_and_its_yaml_run_unchanged_without_verl(project: Path) -> None:
     box = load_tools(Path("tools.yaml"), base_dir=project)
     assert box.names == ("submit", "own")
