@@ -48,6 +48,12 @@ class ChatRequest(BaseModel):
             MessageError: something that would change the answer and is not supported; ``param`` names it.
         """
         refuse_what_forces(self.tool_choice, self.response_format)
+        for index, tool in enumerate(self.tools or ()):
+            function = tool.get("function")
+            if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+                raise MessageError(
+                    f"tools[{index}]", f"type {tool.get('type')!r} is not served here; only functions with a name are"
+                )
         if self.top_logprobs:
             raise MessageError("top_logprobs", "engines record the sampled token's logprob only; leave it out")
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
