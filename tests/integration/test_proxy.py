@@ -356,6 +356,7 @@ async def test_responses_carry_text_calls_and_the_conversation_by_id() -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content[0]"),
         ({"messages": [*QUESTION, {"role": "assistant", "content": "It is"}]}, "messages"),
         ({"n": 0}, "n"),
+        ({"functions": [{"name": "add", "parameters": {}}]}, "functions"),
         ({"tools": [*TOOLS, {"type": "web_search"}]}, "tools[1]"),
         ({"tools": [{"type": "function", "function": {}}]}, "tools[0]"),
     ],
