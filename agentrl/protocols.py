@@ -3,6 +3,8 @@
 ``Env`` and ``Tool`` are what users write; the others hold the stages apart, which never import each other.
 """
 
+import logging
+import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
@@ -20,6 +22,8 @@ from agentrl.types import (
     Trajectory,
     TrajectoryGroup,
 )
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +92,24 @@ class ToolContext:
     """Lives as long as the trajectory; shared by its calls."""
     ground_truth: Any = None
     """Only set for tools declared with ``oracle: true``."""
+    rng: random.Random = field(default_factory=random.Random)
+    """Chance, seeded by the trajectory, the tool and the turn: a rollout that is resumed draws the same numbers again."""
+    _seed: str = ""
+
+    @property
+    def group_index(self) -> int:
+        """Which of the group's rollouts this is; another name of ``sample_index``."""
+        return self.sample_index
+
+    def begin(self, turn: int, *, seed: str) -> None:
+        """Calls of this turn follow; the rollout tells."""
+        if seed != self._seed:
+            self.turn, self._seed, self.rng = turn, seed, random.Random(seed)
+
+    def log(self, message: str, **values: Any) -> None:
+        """Write a line to the run's log, with the trajectory and the turn. The model does not see it."""
+        told = "".join(f" {key}={value!r}" for key, value in values.items())
+        logger.info("tool_log trajectory=%s turn=%d: %s%s", self.trajectory_id, self.turn, message, told)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,8 +24,9 @@ from agentrl.assembly.parts import (
 from agentrl.assembly.watchdog import ServeProgress, waits_now
 from agentrl.config import Config
 from agentrl.data.task_source import TaskSource
+from agentrl.errors import ConfigError
 from agentrl.protocols import Generator
-from agentrl.rollout.agent_loop import AgentHost, Limits, run_rollout
+from agentrl.rollout.agent_loop import AgentHost, Limits, get_agent_loop, run_rollout
 from agentrl.rollout.chat_template import ChatTemplate
 from agentrl.rollout.context import ContextPolicy
 from agentrl.rollout.group import RolloutFunction
@@ -120,7 +121,8 @@ async def stage_of(
     tokenizer, keys = load_tokenizer(config), Keys(config.run.name)
     toolbox = build_toolbox(config, tokenizer, sandbox_url=sandbox_url)
     template = build_template(config, tokenizer, toolbox)
-    scorer = build_scorer(config)
+    scorer = build_scorer(config)  # its file may register an agent loop
+    check_rows(tasks, toolbox)
     with connect(stream, role="serve") as checking:
         server = check_server(checking)
         check_fingerprint(checking, keys, "serve", fingerprint(config, tokenizer, toolbox.schemas()))
@@ -148,6 +150,27 @@ async def stage_of(
             trajectory_log.close()
         await toolbox.aclose()
         await client.aclose()
+
+
+def check_rows(tasks: TaskSource, toolbox: Toolbox) -> None:
+    """Find rows that name what the run does not have before it starts: such a row would end it whenever its turn comes.
+
+    Raises:
+        ConfigError: names the first such row.
+    """
+    known: set[tuple[str | None, tuple[str, ...] | None]] = set()
+    for ordinal in range(len(tasks)):
+        task = tasks.task(ordinal)
+        selection = None if task.tool_selection is None else tuple(task.tool_selection)
+        if (task.agent, selection) in known:
+            continue
+        known.add((task.agent, selection))
+        try:
+            toolbox.schemas(selection)
+            if task.agent is not None:
+                get_agent_loop(task.agent)
+        except ConfigError as error:
+            raise ConfigError(f"data.train: row {task.id}: {error}") from error
 
 
 def rollout_function(

@@ -19,12 +19,12 @@ import asyncio
 import dataclasses
 import json
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
-from agentrl.errors import ConfigError, DeadlineExceeded, GenerationError, RolloutError
+from agentrl.errors import ConfigError, DeadlineExceeded, EnvError, GenerationError, RolloutError
 from agentrl.protocols import Env, Generator
 from agentrl.rollout.chat_template import ChatTemplate, call_id
 from agentrl.rollout.context import NOTE, ContextPolicy, ResultSpan, drop_oldest_results
@@ -505,7 +505,7 @@ async def run_rollout(
     sampling = dataclasses.replace(sampling, stop_token_ids=tuple(dict.fromkeys(stops)))
     env = scorer.env
     # An agent of its own opens with what it likes; the others with the Env's messages, or the row's.
-    messages = env.prompt(task) if env is not None and hasattr(env, "prompt") else task.prompt
+    messages = _prompt_of(env, task) if env is not None and hasattr(env, "prompt") else task.prompt
     opening = None if loop in PROMPTLESS else shown.prompt_ids(messages)
     builder = TrajectoryBuilder(opening, require_versions=require_versions)
     state: RolloutState | None = None
@@ -541,6 +541,21 @@ async def run_rollout(
                 await partials.delete(trajectory_id)
             raise
         return Rollout(finish(stop, _with_turn_rewards(score, state.turn_rewards)), episode)
+
+
+def _prompt_of(env: Env, task: Task) -> Sequence[Message]:
+    """What the Env opens with. A row that it cannot open fails alone."""
+    try:
+        messages = env.prompt(task)
+    except RolloutError:
+        raise
+    except Exception as error:
+        raise EnvError(f"env {type(env).__name__}.prompt raised {type(error).__name__} on task {task.id}: {error}") from error
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not all(isinstance(m, Mapping) for m in messages):  # pyright: ignore[reportUnnecessaryIsInstance]  # foreign
+        raise EnvError(
+            f"env {type(env).__name__}.prompt returned {type(messages).__name__} for task {task.id}; return a list of messages"
+        )
+    return messages
 
 
 def _with_turn_rewards(score: Score, turn_rewards: Sequence[tuple[int, int, float]]) -> Score:

@@ -211,7 +211,7 @@ class ChatTemplate:
             if self.arguments_as_text and isinstance(given, Mapping):
                 given = json.dumps(given, ensure_ascii=False)
             elif not self.arguments_as_text and isinstance(given, str):
-                with contextlib.suppress(ValueError):  # what is no JSON is shown as written
+                with contextlib.suppress(ValueError, RecursionError):  # what is no JSON, or too deep, is shown as written
                     given = json.loads(given)
             formed.append({**call, "function": {**function, "arguments": given}})
         return {**message, "tool_calls": formed}

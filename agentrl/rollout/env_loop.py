@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any, SupportsFloat, TypeVar
 
 from agentrl.errors import ConfigError, DeadlineExceeded, EnvError, RolloutError
 from agentrl.protocols import Env, Reply
@@ -103,6 +103,8 @@ async def _reply(env: Env, state: RolloutState) -> Reply:
     reply = value if isinstance(value, Reply) else Reply(text=value)
     if reply.text is not None and not isinstance(reply.text, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # foreign
         raise EnvError(f"{_name(env)}.reply returned {type(reply.text).__name__}; return a string, a Reply or None")
+    if reply.reward is not None and not isinstance(reply.reward, SupportsFloat):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise EnvError(f"{_name(env)}.reply gave a turn the reward {reply.reward!r}; it must be a number")
     if reply.reward is not None and not math.isfinite(reply.reward):
         raise EnvError(f"{_name(env)}.reply gave a turn the reward {reply.reward}; it must be finite")
     return reply

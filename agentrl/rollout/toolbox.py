@@ -353,7 +353,7 @@ class ToolSession:
             raise
         except Exception as error:  # noqa: BLE001  # a tool is foreign code; classified here, once
             raise ToolInfraError(f"tool `{declared.name}` raised {type(error).__name__}: {error}") from error
-        self._contexts[declared.name].turn = turn
+        self._contexts[declared.name].begin(turn, seed=f"{self._trajectory_id} {declared.name} {turn}")
         failed: list[ToolInfraError] = []
         try:
             asked = _attempts(declared, instance, arguments, failed)

@@ -356,6 +356,9 @@ async def test_responses_carry_text_calls_and_the_conversation_by_id() -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content[0]"),
         ({"messages": [*QUESTION, {"role": "assistant", "content": "It is"}]}, "messages"),
         ({"n": 0}, "n"),
+        ({"functions": [{"name": "add", "parameters": {}}]}, "functions"),
+        ({"tools": [*TOOLS, {"type": "web_search"}]}, "tools[1]"),
+        ({"tools": [{"type": "function", "function": {}}]}, "tools[0]"),
     ],
 )
 async def test_what_is_not_served_is_refused_by_name_in_openais_shape(change: dict[str, Any], param: str) -> None:
@@ -369,6 +372,20 @@ async def test_what_is_not_served_is_refused_by_name_in_openais_shape(change: di
 
     rollout, _ = await play(agent, "7")
     assert rollout.trajectory.reward == 1.0
+
+
+@pytest.mark.asyncio
+async def test_arguments_that_nest_without_end_are_shown_as_they_were_written() -> None:
+    written = "[" * 100_000
+    call = {"id": "call_x", "type": "function", "function": {"name": "add", "arguments": written}}
+
+    async def agent(client: Any, session: Session) -> None:
+        history = [*QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        await ask(client, [*history, {"role": "tool", "tool_call_id": "call_x", "content": "7"}])
+
+    rollout, _ = await play(agent, "7")
+    (segment,) = rollout.trajectory.segments
+    assert written[:64] in TOKENIZER.decode(segment.ids[: segment.prompt_length].tolist())
 
 
 @pytest.mark.asyncio

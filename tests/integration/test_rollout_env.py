@@ -136,6 +136,7 @@ async def test_tools_and_replies_share_one_conversation() -> None:
         ({"hangs": 100}, "Sure.reply did not finish within 100 s"),
         ({"reply": 7}, "returned int"),
         ({"reply": Reply(text="x", reward=float("nan"))}, "the reward nan"),
+        ({"reply": Reply(text="x", reward="0.5")}, "the reward '0.5'; it must be a number"),
     ],
 )
 async def test_an_environment_that_fails_fails_the_rollout_and_is_closed(change: dict[str, Any], match: str) -> None:
@@ -187,6 +188,25 @@ async def test_the_envs_own_prompt_opens_the_rollout() -> None:
     rollout, _ = await play(Pirate(), "maybe", "yes", task=dataclasses.replace(GAME))
     segment = rollout.trajectory.segments[0]
     assert "Speak like a pirate." in TOKENIZER.decode(segment.ids[: segment.prompt_length].tolist())
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        (KeyError("hint"), "Broken.prompt raised KeyError on task t/0: 'hint'"),
+        ("Guess.", "Broken.prompt returned str for task t/0"),
+    ],
+)
+async def test_a_row_that_the_env_cannot_open_fails_alone(given: Any, match: str) -> None:
+    class Broken(Sure):
+        def prompt(self, task: Task) -> Any:
+            if isinstance(given, Exception):
+                raise given
+            return given
+
+    with pytest.raises(EnvError, match=match):
+        await play(Broken(), "maybe", task=dataclasses.replace(GAME, id="t/0"))
 
 
 def test_the_games_are_generated_and_their_number_is_in_no_message(tmp_path: Path) -> None:

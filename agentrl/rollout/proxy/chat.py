@@ -28,6 +28,8 @@ class ChatRequest(BaseModel):
     model: str = ""
     tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
+    functions: Any = None
+    """OpenAI's old name for tools; refused, because an agent that offers them waits for calls."""
     parallel_tool_calls: bool | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     stop: str | list[str] | None = None
@@ -48,6 +50,14 @@ class ChatRequest(BaseModel):
             MessageError: something that would change the answer and is not supported; ``param`` names it.
         """
         refuse_what_forces(self.tool_choice, self.response_format)
+        if self.functions:
+            raise MessageError("functions", "is OpenAI's old form and not served here; give tools")
+        for index, tool in enumerate(self.tools or ()):
+            function = tool.get("function")
+            if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+                raise MessageError(
+                    f"tools[{index}]", f"type {tool.get('type')!r} is not served here; only functions with a name are"
+                )
         if self.top_logprobs:
             raise MessageError("top_logprobs", "engines record the sampled token's logprob only; leave it out")
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []

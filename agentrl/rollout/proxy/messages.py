@@ -63,7 +63,7 @@ def _call(raw: Any, param: str, names: dict[str, str]) -> dict[str, Any]:
         raise MessageError(param, "must be {id, type: function, function: {name, arguments}}")
     arguments: Any = function.get("arguments")
     if isinstance(arguments, str):
-        with contextlib.suppress(ValueError):  # what is no JSON is shown as written
+        with contextlib.suppress(ValueError, RecursionError):  # what is no JSON, or too deep, is shown as written
             arguments = json.loads(arguments) if arguments.strip() else {}
     identity = str(cast("Mapping[str, Any]", raw).get("id") or "")
     names[identity] = function["name"]

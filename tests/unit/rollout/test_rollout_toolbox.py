@@ -239,6 +239,29 @@ async def test_close_runs_when_the_rollout_is_cancelled(project: Path) -> None:
 
 
 @pytest.mark.asyncio
+async def test_a_tools_chance_is_its_trajectorys_and_turns_and_what_it_logs_is_for_people(
+    project: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (project / "dice.py").write_text(
+        "from agentrl import tool\n@tool\nasync def roll(*, ctx) -> str:\n    'Roll.'\n"
+        "    ctx.log('rolled', sides=6)\n    return f'{ctx.group_index} {ctx.rng.randrange(10**9)}'\n"
+    )
+
+    async def rolled(trajectory_id: str, *turns: int) -> list[str]:
+        box = load_tools(["dice:roll"], base_dir=project)
+        async with box.session(task=TASK, trajectory_id=trajectory_id, sample_index=2) as tools:
+            return [(await tools.run([ToolCall(name="roll", arguments={})], turn=turn))[0].text for turn in turns]
+
+    with caplog.at_level("INFO"):
+        first, second, third = await rolled("t/0/2/0", 0, 0, 1)
+    assert len({first, second, third}) == 3
+    assert {text.split()[0] for text in (first, second, third)} == {"2"}
+    assert await rolled("t/0/2/0", 1) == [third]  # resumed after the first turn
+    assert await rolled("t/0/3/0", 1) != [third]
+    assert "tool_log trajectory=t/0/2/0 turn=1: rolled sides=6" in caplog.text
+
+
+@pytest.mark.asyncio
 async def test_only_an_oracle_sees_the_ground_truth(project: Path) -> None:
     task = Task(id="t", prompt=[], data_source="d", ground_truth="42", tools_kwargs={"who": {"k": 1, "ground_truth": "42"}})
     (plain,) = await ask(make(project, "mytools:who"), call("who"), task=task)
