@@ -35,7 +35,7 @@ class FleetOwner:
         self._served: Callable[[], tuple[int, int] | None] = lambda: None
         self._number = 0
         self._posted: FleetState | None = None
-        self._coming: PolicyRecord | None = None
+        self._coming: tuple[str, ...] = ()
         self._one_at_a_time = asyncio.Lock()
 
     async def run(self, served: Callable[[], tuple[int, int] | None]) -> None:
@@ -56,7 +56,7 @@ class FleetOwner:
 
     async def announce(self, record: PolicyRecord) -> None:
         """Say which label comes, and wait until every living follower knows it."""
-        self._coming = record
+        self._coming = (*(label for label in self._coming if label != record.label), record.label)[-2:]
         await self.settle()
 
     async def settle(self) -> None:
@@ -96,7 +96,7 @@ class FleetOwner:
             ),
             required=self._manager.required,
             also=tuple(sorted(self._manager.also)),
-            coming=self._coming.label if self._coming else None,
+            coming=self._coming,
             run_epoch=run_epoch,
             version=version,
         )
@@ -175,11 +175,10 @@ class FleetFollower:
         self._manager.require_version(state.required, also=state.also)
 
     def _expect_update(self, server: PostedServer) -> None:
-        """The label being installed may not be the coming one yet: an update that takes long is overtaken."""
-        known, coming = server.verified, self._state.coming
-        following = [label for label in (server.installing, coming) if label not in (None, known)]
-        if following:
-            self._manager.begin_update(server.url, following[0], then=following[-1])
+        """The label being installed may not be the coming one yet: an update that takes long is overtaken. And one that was
+        announced may never come, or only after a while: a policy that could not be served is tried again now and then."""
+        announced = [label for label in self._state.coming if label != server.verified]
+        self._manager.follow_updates(server.url, installing=server.installing, announced=announced)
 
     async def _verify(self) -> None:
         """Ask every server that this process and its owner see differently."""
@@ -195,7 +194,7 @@ class FleetFollower:
         except WeightSyncError as error:
             log.info("server does not answer url=%s error=%s", server.url, error)
             return
-        if info.label not in (server.verified, server.installing, self._state.coming):
+        if info.label not in (server.verified, server.installing, *self._state.coming):
             return  # restarted, or updated by others: its owner will notice too
         if self._incarnations.get(server.url) == server.incarnation:
             known = self._manager.verified_label(server.url)

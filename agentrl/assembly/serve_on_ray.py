@@ -179,7 +179,7 @@ class RayEngines:
             while True:
                 try:
                     await self._follow(index, spec, group)
-                except self._ray.exceptions.RayError as error:
+                except (self._ray.exceptions.RayError, TimeoutError) as error:
                     log.warning("engine actor died index=%d error=%s", index, last_line(error))
                     self._directory.event("child_exited", role=f"engine-{index}", code=None, error=last_line(error))
                 await asyncio.sleep(AGAIN_AFTER_S)
@@ -226,7 +226,7 @@ class RayEngines:
         known: tuple[str, int] | None = None
         try:
             while True:
-                report = json.loads(await actor.report.remote())
+                report = json.loads(await self._report_of(actor))
                 answering = (report["url"], report["incarnation"]) if report["url"] else None
                 if answering != known:
                     self._forget(known)
@@ -240,6 +240,17 @@ class RayEngines:
             self._forget(known)
             await self._end(actor)
             self._note(index, None)
+
+    async def _report_of(self, actor: Any) -> str:
+        limit_s = self._config.serve.ray_timeout_s
+        scope = asyncio.timeout(limit_s)
+        try:
+            async with scope:
+                return await actor.report.remote()
+        except TimeoutError as error:
+            if not scope.expired():
+                raise
+            raise TimeoutError(f"no report within serve.ray_timeout_s={limit_s:g}: it was not placed, or hangs") from error
 
     async def _end(self, actor: Any) -> None:
         """Its engine first: killing the actor ends that too, since its launcher watches the actor, but only some moments later."""

@@ -149,7 +149,7 @@ class ServeConfig(Section):
     ray_address: str | None = None
     """Cluster that ``launcher=ray`` joins; default ``RAY_ADDRESS``, else a Ray of its own on this machine."""
     ray_timeout_s: PositiveFloat = 300.0
-    """How long ``launcher=ray`` waits for room for an engine."""
+    """How long ``launcher=ray`` waits for room for an engine, and for the report of one that was placed before it is made again."""
     engine_gpus: NonNegativeInt = 0
     """GPUs of one engine under ``launcher=ray``; all on one machine. For SGLang, give ``--tp`` in ``sglang_args`` too."""
     engine_cpus: PositiveInt = 1

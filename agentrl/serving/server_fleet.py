@@ -170,7 +170,7 @@ class ServerFleet:
         if server.verified != label or not server.labels:
             server.remember(label)
         server.verified, server.quarantine_reason = label, ""
-        server.installing = server.announced = None
+        server.installing, server.announced = None, frozenset()
         self.on_change()
 
     def quarantine(self, url: str, reason: str) -> None:
@@ -179,7 +179,7 @@ class ServerFleet:
             log.warning("server quarantined url=%s verified=%s reason=%s", url, server.verified, reason)
             self.counters["quarantines"] += 1
         server.verified, server.quarantine_reason = None, reason or "unverified"
-        server.installing = server.announced = None
+        server.installing, server.announced = None, frozenset()
         self.evict(server)
         self.on_change()
 

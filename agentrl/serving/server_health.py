@@ -75,7 +75,8 @@ class ServerHealth:
             server.unhealthy_reason = ""
             self._fleet.on_change()
         is_settled = server.installing is None and mark == server.label_mark() and verified == server.verified
-        if is_settled and verified is not None and info.label != verified and not server.is_gone:
+        is_right = info.label == verified or info.label in server.announced
+        if is_settled and verified is not None and not is_right and not server.is_gone:
             server.totals.mismatches += 1
             self._fleet.counters["version_mismatches"] += 1
             self._fleet.quarantine(server.url, f"reports {info.label!r} but was verified at {verified!r}: it restarted")

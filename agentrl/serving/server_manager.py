@@ -268,13 +268,15 @@ class AsyncLLMServerManager(Generator):
         """
         self._fleet.require(label, also=also)
 
-    def begin_update(self, url: str, label: str, *, then: str | None = None) -> None:
-        """An update to ``label`` begins on this server: responses may carry that label from now on.
+    def begin_update(self, url: str, label: str) -> None:
+        """An update to ``label`` begins on this server: responses may carry that label from now on."""
+        self._fleet.get(url).installing = label
 
-        ``then`` may follow it before we hear of that, where another process updates the server.
-        """
+    def follow_updates(self, url: str, *, installing: str | None, announced: Collection[str]) -> None:
+        """Another process updates this server: it is at ``installing``, if at any, and may begin with those that it ``announced``
+        before we hear of that."""
         server = self._fleet.get(url)
-        server.installing, server.announced = label, then
+        server.installing, server.announced = installing, frozenset(announced)
 
     def cancel_update(self, url: str) -> None:
         """The update did not begin after all: the server serves what it served."""

@@ -164,8 +164,8 @@ class Server:
     adapter: str | None = None
     """LoRA adapter that requests ask for, where the policy is one; named like its label."""
     installing: str | None = None
-    announced: str | None = None
-    """A label that may follow the one being installed before we hear that that one was verified."""
+    announced: frozenset[str] = frozenset()
+    """Labels that another process, which updates the server, may install at any time: responses may carry them before we hear of it."""
     quarantine_reason: str = ""
     unhealthy_reason: str = ""
     drained_by: set[DrainedBy] = field(default_factory=set[DrainedBy])
@@ -206,9 +206,9 @@ class Server:
     def legal_labels(self, visit: Visit) -> set[str]:
         """The same and the one being installed, which may still turn out otherwise."""
         verified = self.verified_labels(visit)
-        if self.installing is None and self.announced is None:
+        if self.installing is None and not self.announced:
             return verified
-        return verified | {label for label in (self.installing, self.announced) if label is not None}
+        return verified | self.announced | {label for label in (self.installing,) if label is not None}
 
     def begin(self, visit: Visit) -> None:
         """A request goes out. ``end`` must follow, whatever happens."""

@@ -506,6 +506,7 @@ class WeightReconciler:
         if not self._is_current(client):
             return 0.0
         self._manager.drain(client.url, by="update")
+        self._manager.begin_update(client.url, record.label)  # for those who are told after the drain: it may take long
         give_up_at = loop.time() + self._drain_timeout_s
         try:
             if self._after_drain is not None:

@@ -47,8 +47,9 @@ class FleetState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     servers: tuple[PostedServer, ...] = ()
     required: str | None = None
     also: tuple[str, ...] = ()
-    coming: str | None = None
-    """A label that responses may carry from now on, on any server."""
+    coming: tuple[str, ...] = ()
+    """Labels that responses may carry from now on, on any server: the last that was announced, and the one before, with which an update
+    may have begun meanwhile."""
     run_epoch: int = 0
     version: int = -1
     """Of the policy that the servers are being brought to; -1 before the first."""

@@ -141,10 +141,10 @@ async def test_rolling_updates_never_take_all_servers_out(tmp_path: Path) -> Non
 
 @pytest.mark.asyncio
 async def test_a_rolling_update_waits_for_the_requests_of_other_processes(tmp_path: Path) -> None:
-    states_told: list[str] = []
+    told: list[tuple[bool, str | None]] = []
 
     async def tell() -> None:
-        states_told.append(manager.stats()[0].state)
+        told.extend((server.is_draining, server.installing) for server in manager.view())
 
     async with reconciled(tmp_path, 1, mode="rolling", after_drain=tell) as (manager, servers, policies, reconciler):
         policies.announce(0)
@@ -153,7 +153,7 @@ async def test_a_rolling_update_waits_for_the_requests_of_other_processes(tmp_pa
         looked = servers[0].calls["/v1/loads"]
         policies.announce(1)
         await until(lambda: servers[0].calls["/v1/loads"] > looked + 2)
-        assert (servers[0].label, servers[0].is_paused, states_told) == ("e1-v0", False, ["draining"])
+        assert (servers[0].label, servers[0].is_paused, told) == ("e1-v0", False, [(True, "e1-v1")])
         servers[0].num_foreign = 0
         await until(lambda: settled(reconciler, policies))
         assert servers[0].label == "e1-v1"
