@@ -92,9 +92,15 @@ class ToolContext:
     """Lives as long as the trajectory; shared by its calls."""
     ground_truth: Any = None
     """Only set for tools declared with ``oracle: true``."""
-    rng: random.Random = field(default_factory=random.Random)
-    """Chance, seeded by the trajectory, the tool and the turn: a rollout that is resumed draws the same numbers again."""
     _seed: str = ""
+    _rng: random.Random | None = None
+
+    @property
+    def rng(self) -> random.Random:
+        """Chance, seeded by the trajectory, the tool and the turn: a rollout that is resumed draws the same numbers again."""
+        if self._rng is None:
+            self._rng = random.Random(self._seed or None)
+        return self._rng
 
     @property
     def group_index(self) -> int:
@@ -104,7 +110,7 @@ class ToolContext:
     def begin(self, turn: int, *, seed: str) -> None:
         """Calls of this turn follow; the rollout tells."""
         if seed != self._seed:
-            self.turn, self._seed, self.rng = turn, seed, random.Random(seed)
+            self.turn, self._seed, self._rng = turn, seed, None
 
     def log(self, message: str, **values: Any) -> None:
         """Write a line to the run's log, with the trajectory and the turn. The model does not see it."""

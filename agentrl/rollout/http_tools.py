@@ -19,7 +19,7 @@ def declare_http(entry: Entry) -> list[DeclaredTool]:
     Raises:
         ConfigError: the spec is wrong, or its schema lacks what the url takes.
     """
-    entry.refuse("use", "class_name", "config", "oracle", why="the tool is a service. Its settings stand under `http:`")
+    entry.refuse("use", "class_name", "config", "oracle", "scope", why="the tool is a service. Its settings stand under `http:`")
     spec: HttpSpec = parsed(HttpSpec, entry.given["http"], f"{entry.at}: http")
     schema = _schema(entry, spec)
     _check_url(entry, spec, schema)

@@ -80,7 +80,11 @@ def declare_mcp(entry: Entry) -> list[DeclaredTool]:
     """
     entry = _from_verl(entry)
     entry.refuse(
-        "use", "class_name", *_OPTIONAL_KEYS, why="the server names and describes its tools; use `prefix`, `only`, `exclude`"
+        "use",
+        "class_name",
+        "scope",
+        *_OPTIONAL_KEYS,
+        why="the server names and describes its tools; use `prefix`, `only`, `exclude`",
     )
     spec: McpSpec = parsed(McpSpec, entry.given["mcp"], f"{entry.at}: mcp")
     values = EnvValues(f"{entry.at}: mcp")

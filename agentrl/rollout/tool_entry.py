@@ -14,12 +14,13 @@ from agentrl.plugins import ToolOptions
 from agentrl.rollout.tool import ToolSchema
 from agentrl.rollout.tool_arguments import Arguments
 from agentrl.rollout.tool_limits import CacheLimits, CacheScope, OnTimeout, ToolLimits
+from agentrl.rollout.tool_scopes import ToolScope
 
 LIMIT_KEYS = (
     "timeout_s", "on_timeout", "concurrency", "calls_per_s", "burst", "output_tokens", "truncate", "max_infra_error_rate", "retries",
     "cache",
 )  # fmt: skip
-ENTRY_KEYS = ("use", "class_name", "mcp", "http", "config", "tool_schema", "name", "oracle", "idempotent", *LIMIT_KEYS)
+ENTRY_KEYS = ("use", "class_name", "mcp", "http", "config", "tool_schema", "name", "oracle", "idempotent", "scope", *LIMIT_KEYS)
 _CACHE_KEYS = ("size", "ttl_s", "scope")
 _ONLY_IDEMPOTENT = ("retries", "cache")
 
@@ -67,6 +68,13 @@ class Entry:
         """As the entry says, else as the first hint that says something."""
         said = (self.given.get("idempotent"), *hints)
         return bool(next((h for h in said if h is not None), False))
+
+    def scope(self, *allowed: ToolScope, why: str) -> ToolScope:
+        """How long an object of the tool lives."""
+        scope = self.given.get("scope", "trajectory")
+        if scope not in allowed:
+            raise ConfigError(f"{self.at}: `scope` must be {' or '.join(allowed)} here, not {scope!r}: {why}")
+        return scope
 
     def config(self, *names: str) -> dict[str, Any]:
         """The entry's ``config``, with what the run replaces in it."""

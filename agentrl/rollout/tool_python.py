@@ -10,9 +10,12 @@ from pydantic import BaseModel
 
 from agentrl.errors import ConfigError
 from agentrl.plugins import installed_tools, load_installed_tool, load_object, marked_tools, tool_options
+from agentrl.protocols import ToolContext
 from agentrl.rollout.tool import Signature, place_of, schema_of
 from agentrl.rollout.tool_entry import Entry, parsed
-from agentrl.rollout.tool_instances import ClassInstance, FunctionInstance, VerlInstance, VerlSchema
+from agentrl.rollout.tool_instances import ClassInstance, FunctionInstance, ToolInstance, VerlInstance, VerlSchema, awaited
+from agentrl.rollout.tool_limits import ToolLimits
+from agentrl.rollout.tool_scopes import PerCall, PerWorker, ToolScope
 from agentrl.rollout.toolbox import DeclaredTool
 from agentrl.rollout.verl_shim import SHIPPED_INSTEAD, install_verl_shim, is_verl_installed
 
@@ -87,6 +90,7 @@ def _name(entry: Entry, target: Any) -> str:
 
 def _declare_function(entry: Entry, reference: str, target: Any) -> DeclaredTool:
     name, options = _name(entry, target), tool_options(target)
+    entry.refuse("scope", why=f"`{reference}` is a function and holds nothing between calls")
     if entry.config(reference, name):
         raise ConfigError(f"{entry.at}: `{reference}` is a function and takes no `config`; write a Tool class for settings")
     signature = _signature(entry, target, name, "", is_method=False)
@@ -130,18 +134,33 @@ def _declare_class(entry: Entry, reference: str, target: Any) -> DeclaredTool:
     summary = " ".join((inspect.getdoc(target) or "").split("\n\n")[0].split())
     signature = _signature(entry, target.call, name, summary, is_method=True)
     is_idempotent = entry.is_idempotent(options.idempotent)
+    scope = entry.scope("call", "trajectory", "worker", why="it says how long an object lives")
+    shared = PerWorker(name, construct, lambda made, context: ClassInstance(made, signature, context))
+
+    def instance(context: ToolContext) -> ToolInstance:
+        if scope == "worker":
+            return shared.of(context)
+        if scope == "call":
+            return PerCall(name, lambda: ClassInstance(construct(), signature, context))
+        return ClassInstance(construct(), signature, context)
+
+    async def shutdown() -> None:
+        await shared.aclose()
+        if inspect.ismethod(end := getattr(target, "aclose", None)):
+            await awaited(end())
+
     return DeclaredTool(
         schema=signature.schema,
         arguments=signature.arguments,
-        limits=_stateful_limits(entry, target, is_idempotent),
+        limits=_class_limits(entry, target, is_idempotent, scope),
         reference=reference,
-        make=lambda context: ClassInstance(construct(), signature, context),
+        make=instance,
         oracle=bool(entry.given.get("oracle", options.oracle)),
-        is_stateful=True,
+        is_stateful=scope == "trajectory",
         is_idempotent=is_idempotent,
         kind="class",
         place=_place(reference, target),
-        shutdown=getattr(target, "aclose", None) if inspect.ismethod(getattr(target, "aclose", None)) else None,
+        shutdown=shutdown,
     )
 
 
@@ -162,14 +181,21 @@ def _declare_verl(entry: Entry, reference: str, target: Any) -> DeclaredTool:
         raise ConfigError(f"{entry.at}: {reference} brings no schema; give `tool_schema:`")
     schema = entry.schema(given, str(entry.given.get("name") or ""))
     is_idempotent = entry.is_idempotent(options.idempotent)
+    scope = entry.scope(
+        "call", "trajectory", why="an object in verl's shape is one for the process; it says how often it creates"
+    )
+
+    def instance(context: ToolContext) -> ToolInstance:
+        return PerCall(schema.name, lambda: VerlInstance(made, context)) if scope == "call" else VerlInstance(made, context)
+
     return DeclaredTool(
         schema=schema,
         arguments=entry.arguments(schema, allow_extra=True),
-        limits=_stateful_limits(entry, target, is_idempotent),
+        limits=_class_limits(entry, target, is_idempotent, scope),
         reference=reference,
-        make=lambda context: VerlInstance(made, context),
+        make=instance,
         oracle=bool(entry.given.get("oracle", options.oracle)),
-        is_stateful=True,
+        is_stateful=scope == "trajectory",
         is_idempotent=is_idempotent,
         kind="verl",
         place=_place(reference, target),
@@ -177,9 +203,9 @@ def _declare_verl(entry: Entry, reference: str, target: Any) -> DeclaredTool:
     )
 
 
-def _stateful_limits(entry: Entry, target: Any, is_idempotent: bool) -> Any:
+def _class_limits(entry: Entry, target: Any, is_idempotent: bool, scope: ToolScope) -> ToolLimits:
     limits = entry.limits(tool_options(target), is_idempotent=is_idempotent)
-    if limits.cache and limits.cache.scope == "process":
+    if scope == "trajectory" and limits.cache and limits.cache.scope == "process":
         raise ConfigError(
             f"{entry.at}: a tool with a state of its own cannot share answers between trajectories. Say `scope: trajectory`"
         )

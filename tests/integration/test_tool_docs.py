@@ -78,7 +78,7 @@ def tools(project: Path, rates: str, monkeypatch: pytest.MonkeyPatch, capsys: py
 
 def test_the_page_has_an_example_of_every_kind() -> None:
     assert set(EXAMPLES) == {
-        "letters.py", "function.yaml", "notebook.py", "class.yaml", "adder.py", "verl.yaml", "http.yaml", "notes_server.py", "mcp.yaml",
+        "letters.py", "function.yaml", "notebook.py", "class.yaml", "worker.yaml", "adder.py", "verl.yaml", "http.yaml", "notes_server.py", "mcp.yaml",
     }  # fmt: skip
 
 
@@ -87,6 +87,7 @@ def test_the_page_has_an_example_of_every_kind() -> None:
     [
         ("function.yaml", "count_letter", ["word=strawberry", "letter=r"], "3"),
         ("class.yaml", "notebook", ['{"note": "milk"}'], "written: 1 notes"),
+        ("worker.yaml", "notebook_of_all", ['{"note": "milk"}'], "noted: 1 notes"),
         ("verl.yaml", "add", ["x=5"], "5"),
         ("http.yaml", "rates", ["currency=USD", "days=3"], "1.08 /rates/USD?days=3 Bearer <redacted>"),
         ("mcp.yaml", "notes_lookup", ["key=pi"], "3.14"),
@@ -118,10 +119,11 @@ def test_a_list_of_all_kinds_is_listed_and_checked(tools: Tools, project: Path) 
     assert code == 0, err
     listed = json.loads(out)
     assert [(t["name"], t["kind"]) for t in listed["tools"]] == [
-        ("count_letter", "function"), ("notebook", "class"), ("add", "verl"), ("rates", "http"), ("notes_lookup", "mcp"),
+        ("count_letter", "function"), ("notebook", "class"), ("notebook_of_all", "class"), ("add", "verl"), ("rates", "http"),
+        ("notes_lookup", "mcp"),
     ]  # fmt: skip
-    assert listed["tools"][3]["place"] == "GET ${env:RATES_URL}/rates/{currency}"
-    assert listed["tools"][3]["limits"]["on_timeout"] == "infra"
+    assert listed["tools"][4]["place"] == "GET ${env:RATES_URL}/rates/{currency}"
+    assert listed["tools"][4]["limits"]["on_timeout"] == "infra"
     assert listed["search_order"][0] == f"the project: {project}"
     assert "sesame-7" not in out
     code, out, err = tools("check", "-c", "all.yaml")
