@@ -103,7 +103,7 @@ def _own_environment(shared: Any, tools: list[dict[str, Any]] | None) -> Any:
     environment = shared.overlay()
     look_up, to_json = shared.getattr, shared.filters["tojson"]
     # What the sandbox gives as it is, for any text: all but its own `format`, and what has an underscore.
-    harmless = {
+    harmless: dict[Any, frozenset[str]] = {
         str: frozenset(name for name in dir("") if name[0] != "_" and look_up("", name) == getattr("", name)),
         LoopContext: _LOOP_ATTRIBUTES,
     }
