@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import uvloop
 
 from agentrl.assembly.agents import agent_host
@@ -53,12 +54,24 @@ class EvalMode:
 
 
 def evaluate_from_config(config: Config, *, model: str | None, name: str | None) -> tuple[Path, dict[str, Any]]:
-    """Evaluate the named model, the run's newest checkpoint, or the starting model; writes ``evals/<name>.json``."""
+    """Evaluate the named model, the run's newest checkpoint, or the starting model; writes ``evals/<name>.json``.
+
+    Servers that are attached to (``serve.urls``, ``serve.router_url``) are evaluated with what they serve.
+
+    Raises:
+        ConfigError: a model is named, but servers are given that serve what they serve.
+    """
     directory = run_dir_of(config).create()
-    path = model or _default_model(config, directory)
+    is_attached = bool(config.serve.urls) or config.serve.router_url is not None
+    if is_attached and model is not None:
+        raise ConfigError(
+            f"--model={model} names what engines of this evaluation would serve, but serve.urls or serve.router_url attaches to servers "
+            "that serve what they serve. Leave out --model to measure those, or add serve.urls=[] serve.router_url=null"
+        )
+    path = config.model.path if is_attached else model or _default_model(config, directory)
     mode = EvalMode(temperature=config.eval.temperature, samples=config.eval.samples)
     (result,) = evaluate_model(config, directory, model_path=path, modes=[mode])
-    out = directory.evals / f"{name or _name_of(path, mode)}.json"
+    out = directory.evals / f"{name or _name_of('servers' if is_attached else path, mode)}.json"
     write_json(out, {k: v for k, v in result.items() if k != "records"})
     return out, result
 
@@ -148,10 +161,17 @@ async def _play(tasks: Sequence[Task], mode: EvalMode, rollout: Any, in_flight: 
         "called_a_tool": sum(bool(e.calls) for _, e in played) / max(1, len(played)),
         "info": _mean_info(played),
         "stops": dict(Counter(t.stop for t, _ in played)),
+        "policy_versions": _versions(played),
         "failed": dict(failures),
         "seconds": round(time.monotonic() - started, 2),
         "records": [to_record(t, e) for t, e in sorted(played, key=lambda pair: pair[0].ordinal)],
     }
+
+
+def _versions(played: Sequence[tuple[Trajectory, Episode]]) -> list[int]:
+    """Policy versions that sampled the tokens; none where the servers serve no policy of a run."""
+    seen = {int(version) for t, _ in played for s in t.segments for version in np.unique(s.versions[s.mask])}
+    return sorted(seen - {-1})
 
 
 def _mean_info(played: Sequence[tuple[Trajectory, Episode]]) -> dict[str, float]:

@@ -18,6 +18,8 @@ from agentrl.telemetry.run_dir import RunDir
 log = logging.getLogger(__name__)
 
 _STEP = re.compile(r"step_(\d+)")
+_OWN_ENGINES = ("serve.urls=[]", "serve.router_url=null")
+"""Servers that the run attaches to serve its newest policy, not the checkpoint."""
 LAST_LIMIT_S = 1800.0
 """Longest wait for the evaluations that are due when the run ends."""
 
@@ -85,7 +87,7 @@ class Evaluations:
         model = str(self._directory.checkpoints / name)
         with (self._directory.logs / "eval.log").open("ab") as sink:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "agentrl", "eval", *self._arguments, "--model", model, "--name", name],
+                [sys.executable, "-m", "agentrl", "eval", *self._arguments, *_OWN_ENGINES, "--model", model, "--name", name],
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=sink,

@@ -151,7 +151,8 @@ def evaluate(
     config: ConfigFile,
     overrides: Overrides = None,
     model: Annotated[
-        str | None, typer.Option(help="Model directory; default: the run's newest checkpoint, else model.path.")
+        str | None,
+        typer.Option(help="Model directory; default: the run's newest checkpoint, else model.path. Not with serve.urls."),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the result under evals/.")] = None,
 ) -> None:

@@ -50,6 +50,7 @@ def test_each_due_checkpoint_is_measured_once_and_a_failure_stops_nothing(tmp_pa
     calls = [json.loads(line) for line in stand_in.read_text().splitlines()]
     assert [call[-1] for call in calls] == ["step_2", "step_4", "step_6"]
     assert calls[0][:6] == ["-m", "agentrl", "eval", "-c", "run.yaml", "learn.steps=6"]
+    assert calls[0][6:8] == ["serve.urls=[]", "serve.router_url=null"], "servers of the run's serve its newest policy"
     assert calls[0][-3] == str(directory.checkpoints / "step_2")
     events: list[dict[str, Any]] = list(read_jsonl(directory.events))
     assert [(e["event"], e["checkpoint"]) for e in events] == [
