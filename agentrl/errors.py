@@ -154,11 +154,18 @@ class TemplateError(RolloutError):
 
 
 class DeadlineExceeded(RolloutError):
-    """A deadline owned by the caller passed."""
+    """A deadline owned by the caller passed.
+
+    Args:
+        stage: what did not finish.
+        seconds: the limit.
+        silent_s: seconds since the last sign of progress, where that is known.
+    """
 
     kind = "deadline"
 
-    def __init__(self, stage: str, seconds: float) -> None:
+    def __init__(self, stage: str, seconds: float, *, silent_s: float | None = None) -> None:
         super().__init__(f"{stage} did not finish within {seconds:g} s")
         self.stage = stage
         self.seconds = seconds
+        self.silent_s = silent_s

@@ -9,7 +9,8 @@ Waits for: a server (``server``), a tool (``tool:<name>``), an environment (``en
   calls was cut by the per-turn limit. A cut turn *with* calls goes on: the missing end of the turn is appended as
   observation, and a half-written call is answered with the reason.
 - ``tool_limit``: too many calls were malformed, unknown or invalid.
-- ``deadline``: the rollout's own deadline passed; what was in progress is left out, unless an agent was reading it.
+- ``deadline``: the rollout's own deadline passed; what was in progress is left out, unless an agent was reading it. Where that was
+  a generation of which nothing had been heard for long, the server stalled: that is ``error:deadline``.
 - ``aborted`` and ``error:<kind>``: nothing to train on; raised as ``RolloutError`` with the partial record attached.
 
 All but the last are scored on what the assistant wrote.
@@ -41,6 +42,9 @@ _LATE_S = 0.05
 
 _CALLEE_FIRST_S = 0.2
 """How long the generator may be late before it is cut off: given the chance, it says what it waited for."""
+
+_STALL_S = 10.0
+"""A generation that is silent for so long, or for half of a shorter rollout, is not what used up the rollout's time."""
 
 _as_json = json.JSONEncoder(ensure_ascii=False).encode  # `json.dumps` makes an encoder at each call
 
@@ -567,12 +571,14 @@ def _with_turn_rewards(score: Score, turn_rewards: Sequence[tuple[int, int, floa
 
 
 async def _play(play: AgentLoop, state: RolloutState) -> Stop:
-    """Play under the rollout's deadline; passing it is an end like others, unless nothing was sampled."""
+    """Play under the rollout's deadline; passing it is an end like others, unless nothing was sampled or a server stalled."""
+    left_s = max(0.0, state.ends_at - asyncio.get_running_loop().time())
     try:
-        async with deadline(max(0.0, state.ends_at - asyncio.get_running_loop().time()), "rollout"):
+        async with deadline(left_s + 2 * _CALLEE_FIRST_S, "rollout"):
             return await play(state)
     except DeadlineExceeded as error:
         is_own = error.stage == "rollout" or asyncio.get_running_loop().time() >= state.ends_at - _LATE_S
-        if is_own and state.builder.num_sampled:
+        is_stall = error.silent_s is not None and error.silent_s >= min(_STALL_S, state.limits.rollout_timeout_s / 2)
+        if is_own and state.builder.num_sampled and not is_stall:
             return "deadline"
         raise

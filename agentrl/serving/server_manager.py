@@ -72,6 +72,19 @@ class _Call:
     refusals: int = 0
     """Answers that a server had no room."""
     avoid: set[str] = field(default_factory=set[str])
+    heard_at: float = 0.0
+    """Event-loop time of the newest token of earlier visits, or of the call."""
+    piece: PartialGeneration | None = None
+    """What the newest visit gave."""
+
+    def hear(self, piece: PartialGeneration) -> None:
+        """Another visit begins."""
+        self.heard_at, self.piece = self.last_heard_at, piece
+
+    @property
+    def last_heard_at(self) -> float:
+        """Event-loop time of the newest token, or of the call."""
+        return self.heard_at if self.piece is None else max(self.heard_at, self.piece.last_arrival)
 
     @property
     def tokens_left(self) -> int:
@@ -320,7 +333,7 @@ class AsyncLLMServerManager(Generator):
         loop = asyncio.get_running_loop()
         started = loop.time()
         relay = None if on_tokens is None else TokenRelay(on_tokens)
-        call = _Call(ids, sampling, trajectory_id, group_id, priority, relay)
+        call = _Call(ids, sampling, trajectory_id, group_id, priority, relay, heard_at=started)
         scope = asyncio.timeout(deadline)
         try:
             async with scope:
@@ -329,7 +342,8 @@ class AsyncLLMServerManager(Generator):
             if not scope.expired():
                 raise
             self._counters["deadlines"] += 1
-            raise DeadlineExceeded(f"generation (waiting for {call.waits_for})", deadline) from error
+            silent_s = loop.time() - call.last_heard_at
+            raise DeadlineExceeded(f"generation (waiting for {call.waits_for})", deadline, silent_s=silent_s) from error
         self._retry_budget.succeeded()
         new_tokens = len(call.so_far)
         self._expected_new_tokens += _EXPECTED_NEW_TOKENS_DECAY * (new_tokens - self._expected_new_tokens)
@@ -420,6 +434,7 @@ class AsyncLLMServerManager(Generator):
             scope=asyncio.timeout(None),
         )
         call.waits_for = "server"
+        call.hear(visit.piece)
         try:
             if call.relay is not None:
                 visit.piece.on_arrival = partial(self._relay, call.relay, server, visit, len(call.so_far), is_checked)

@@ -21,7 +21,7 @@ class Say:
     finish: str = "stop"
     seconds: float = 0.0
     passes: float = 0.0
-    """Seconds that pass at once while it is said; at least as many are needed to say it then."""
+    """Seconds that pass at once while it is said; at least as many are needed to say it then, or the ``error`` comes after them."""
     error: Exception | None = None
     version: int = 3
     change: dict[str, Any] = field(default_factory=dict)
@@ -56,7 +56,7 @@ class ScriptedGenerator:
         say = self.script(trajectory_id, len(done), ids)
         if say.passes:
             asyncio.get_running_loop().call_soon(pass_time, say.passes)
-        await asyncio.sleep(max(say.seconds, 2 * say.passes))
+        await asyncio.sleep(max(say.seconds, 2 * say.passes if say.error is None else 0.0))
         if say.error is not None:
             raise say.error
         sampled = self.tokenizer.encode(say.text, add_special_tokens=False)

@@ -212,6 +212,22 @@ async def test_the_rollouts_deadline_ends_it_scored_on_what_was_written() -> Non
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize(("limit_s", "silent_s", "is_stall"), [(200, 9, False), (200, 11, True), (4, 1, False), (4, 3, True)])
+async def test_a_deadline_that_a_stalled_server_used_up_is_not_scored(limit_s: int, silent_s: int, is_stall: bool) -> None:
+    late = DeadlineExceeded("generation (waiting for server)", limit_s, silent_s=silent_s)
+    playing = play(call("3+4"), Say("", passes=limit_s, error=late), limits=Limits(rollout_timeout_s=limit_s))
+    if not is_stall:
+        (rollout, _) = await playing
+        assert (rollout.trajectory.stop, rollout.episode.num_turns) == ("deadline", 1)
+        return
+    with pytest.raises(DeadlineExceeded) as caught:
+        await playing
+    partial = caught.value.partial
+    assert isinstance(partial, Rollout)
+    assert (partial.trajectory.stop, partial.trajectory.reward, partial.episode.num_turns) == ("error:deadline", 0.0, 1)
+
+
+@pytest.mark.asyncio
 async def test_a_turns_deadline_is_an_infrastructure_failure() -> None:
     with pytest.raises(DeadlineExceeded, match="turn did not finish") as caught:
         await play(call("3+4"), Say("#### 7", passes=101), limits=Limits(turn_timeout_s=100))

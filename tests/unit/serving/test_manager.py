@@ -17,7 +17,7 @@ from agentrl.serving.server_state import CircuitBreaker
 from agentrl.testing.clock import pass_time
 from agentrl.testing.fake_sglang import FakeSGLang, pseudo_logprob, pseudo_tokens
 from agentrl.testing.waits import until
-from agentrl.types import Generation, SamplingParams
+from agentrl.types import Generation, SampledTokens, SamplingParams
 
 PROMPT = [11, 22, 33]
 V0, V1 = "e1-v0", "e1-v1"
@@ -551,3 +551,41 @@ async def test_without_a_required_version_any_server_serves_unless_it_is_quarant
             assert generation.server == servers[1].url
             assert generation.versions == [-1] * 20
         assert servers[0].requests == []
+
+
+@pytest.mark.asyncio
+async def test_a_deadline_says_for_how_long_nothing_was_heard() -> None:
+    heard: list[int] = []
+    async with fleet(1) as (manager, (server,)):
+        server.stall_after(tokens=5)
+        asking = asyncio.create_task(
+            manager.generate(
+                PROMPT,
+                SamplingParams(max_new_tokens=20),
+                trajectory_id="t",
+                group_id="g",
+                deadline=500.0,
+                on_tokens=lambda tokens: heard.extend(tokens.ids),
+            )  # fmt: skip
+        )
+        await until(lambda: len(heard) == 5)
+        pass_time(500)
+        with pytest.raises(DeadlineExceeded) as caught:
+            await asking
+    assert caught.value.silent_s is not None
+    assert caught.value.silent_s >= 500
+
+
+@pytest.mark.asyncio
+async def test_what_is_heard_late_ends_the_silence() -> None:
+    async with fleet(1, latency_s=0.01) as (manager, _):
+
+        def hear(tokens: SampledTokens) -> None:
+            pass_time(100)  # each time: the deadline passes while it goes on
+
+        with pytest.raises(DeadlineExceeded) as caught:
+            await manager.generate(
+                PROMPT, SamplingParams(max_new_tokens=1000), trajectory_id="t", group_id="g", deadline=450.0, on_tokens=hear
+            )  # fmt: skip
+    assert caught.value.silent_s is not None
+    assert caught.value.silent_s < 250, "of 450 s; the clock moves by 100 s behind each token"
