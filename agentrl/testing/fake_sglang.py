@@ -33,6 +33,7 @@ import orjson
 from aiohttp import web
 
 from agentrl.testing.fake_model import FakeModel, Sampling, sampling_fault
+from agentrl.testing.killable_port import KillablePort
 
 Distribution: TypeAlias = Callable[[random.Random], float]
 """Draws one value."""
@@ -207,9 +208,8 @@ class FakeSGLang:
         self._failures: deque[_Failure] = deque()
         self._failed_updates: deque[_Failure] = deque()
         self._prefixes: set[int] = set()
-        self._runner: web.AppRunner | None = None
+        self._serving: tuple[KillablePort, web.AppRunner] | None = None
         self._port = port
-        self._transports: set[asyncio.Transport] = set()
 
     async def __aenter__(self) -> "FakeSGLang":
         await self.start()
@@ -244,23 +244,20 @@ class FakeSGLang:
         self.received.clear()
         self._groups.clear()
         self._in_session = False
-        runner = web.AppRunner(self._app(), access_log=None, handler_cancellation=True, shutdown_timeout=0.0)
+        runner = web.AppRunner(self._app(), access_log=None, handler_cancellation=True)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", self._port, reuse_address=True)
-        await site.start()
-        assert runner.addresses
-        self._port = int(runner.addresses[0][1])
-        self._runner = runner
+        assert runner.server is not None
+        port = KillablePort(runner.server, self._port)
+        self._port = port.number
+        self._serving = port, runner
 
     async def kill(self) -> None:
-        """Like SIGKILL: connections reset, port closed."""
-        if self._runner is None:
+        """Like SIGKILL: every connection closed, also those just being made, and the port. Waits for no handler and no peer."""
+        if self._serving is None:
             return
-        runner, self._runner = self._runner, None
-        for transport in list(self._transports):
-            transport.abort()
-        self._transports.clear()
-        await runner.cleanup()
+        (port, runner), self._serving = self._serving, None
+        await port.kill()
+        await runner.cleanup()  # has no connection left that it could wait for
 
     async def restart_with_base_weights(self) -> None:
         """Die and come back at once, as a supervisor would have it."""
@@ -339,16 +336,10 @@ class FakeSGLang:
 
     @web.middleware
     async def _gate(self, request: web.Request, handler: Any) -> web.StreamResponse:
-        self._remember_transport(request)
         self.calls[request.path] += 1
         if not self._is_authorized(request):
             return web.json_response({"error": "Unauthorized"}, status=401)
         return await handler(request)
-
-    def _remember_transport(self, request: web.Request) -> None:
-        if isinstance(request.transport, asyncio.Transport) and request.transport not in self._transports:
-            self._transports = {known for known in self._transports if not known.is_closing()}
-            self._transports.add(request.transport)
 
     def _is_authorized(self, request: web.Request) -> bool:
         if request.path.startswith(("/health", "/ready")):

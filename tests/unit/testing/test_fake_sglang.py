@@ -1,6 +1,7 @@
 """The fake server's distributions, queue, cache and scripted misfortunes, over real HTTP."""
 
 import asyncio
+import socket
 import statistics
 import subprocess
 import sys
@@ -18,11 +19,20 @@ from agentrl.types import SamplingParams
 
 PROMPT = list(range(40))
 SAMPLING = SamplingParams(max_new_tokens=64, stop_token_ids=(999,))
+HALF_REQUEST = b'POST /generate HTTP/1.1\r\nHost: fake\r\nContent-Length: 17\r\n\r\n{"input_ids":[1]'
 
 
 async def generate(server: FakeSGLang, session: aiohttp.ClientSession, number: int, **options: Any) -> PartialGeneration:
     with closing(SGLangClient(server.url, session=session, **options)) as client:
         return await client.generate(PROMPT, SAMPLING, rid=f"{number:032d}")
+
+
+def ending(connection: socket.socket) -> bytes:
+    """What is read until the end, or the reset, of a connection that has to be over already."""
+    try:
+        return connection.recv(1000)
+    except ConnectionResetError:
+        return b""
 
 
 @pytest.mark.asyncio
@@ -86,6 +96,25 @@ async def test_a_scripted_stall_sends_its_tokens_and_then_nothing() -> None:
                 await asked
         assert piece.ids == pseudo_tokens(PROMPT, 5)
         assert (await generate(server, session, 1)).ids == pseudo_tokens(PROMPT, 64), "only the next request stalls"
+
+
+@pytest.mark.parametrize("said", [b"", HALF_REQUEST, HALF_REQUEST + b"}"], ids=["nothing", "half a request", "a request"])
+@pytest.mark.asyncio
+async def test_a_kill_leaves_no_connection_open_however_far_it_was_accepted(said: bytes) -> None:
+    server = FakeSGLang()
+    for turns in range(12):
+        await server.start()
+        server.stall()
+        address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+        with socket.create_connection(address, timeout=30) as accepted, socket.create_connection(address, timeout=30) as silent:
+            accepted.sendall(said)
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            async with asyncio.timeout(60):
+                await server.kill()
+            assert (turns, ending(accepted), ending(silent)) == (turns, b"", b"")
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(address, timeout=30)
 
 
 @pytest.mark.asyncio
