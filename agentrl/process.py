@@ -18,6 +18,9 @@ import psutil
 KEEP_ALIVE_S = 75
 """Our servers keep an idle connection for so long: longer than clients would use it again (aiohttp 15 s, httpx 5 s), because what is
 sent into a connection that is just being closed is lost. Uvicorn's own 5 s is not."""
+REUSED_WITHIN_S = 4.0
+"""Our clients use an idle connection to somebody else's server again for so long: shorter than common servers keep it (uvicorn: 5 s),
+since a POST that meets a connection being closed is lost, and may not be sent again."""
 _PR_SET_PDEATHSIG = 1
 # Loaded before any fork: a child between fork and exec must not import.
 _LIBC = ctypes.CDLL(None, use_errno=True)

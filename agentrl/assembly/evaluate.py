@@ -62,7 +62,7 @@ def evaluate_from_config(config: Config, *, model: str | None, name: str | None)
         ConfigError: a model is named, but servers are given that serve what they serve.
     """
     directory = run_dir_of(config).create()
-    is_attached = bool(config.serve.urls) or config.serve.router_url is not None
+    is_attached = not config.serve.starts_engines
     if is_attached and model is not None:
         raise ConfigError(
             f"--model={model} names what engines of this evaluation would serve, but serve.urls or serve.router_url attaches to servers "

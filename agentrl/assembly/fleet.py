@@ -81,19 +81,7 @@ class FleetOwner:
     def _state(self) -> FleetState:
         run_epoch, version = self._served() or (0, -1)
         return FleetState(
-            servers=tuple(
-                PostedServer(
-                    url=server.url,
-                    capacity=server.capacity,
-                    incarnation=server.incarnation,
-                    verified=server.verified,
-                    installing=server.installing,
-                    is_draining=server.is_draining,
-                    labels=server.labels,
-                    adapter=server.adapter,
-                )
-                for server in self._manager.view()
-            ),
+            servers=tuple(PostedServer(**server._asdict()) for server in self._manager.view()),
             required=self._manager.required,
             also=tuple(sorted(self._manager.also)),
             coming=self._coming,

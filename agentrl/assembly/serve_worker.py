@@ -95,8 +95,7 @@ def _seed(config: Config, order: WorkerOrder) -> int:
 
 def _keyring(config: Config, directory: RunDir) -> Keyring:
     serve = config.serve
-    starts_engines = not serve.urls and serve.router_url is None
-    if serve.api_key is None and serve.engine == "embedded" and serve.engine_auth and starts_engines:
+    if serve.api_key is None and serve.engine == "embedded" and serve.engine_auth and serve.starts_engines:
         return Keyring(api_key=run_secret(directory, "engine_key"))
     return Keyring(api_key=serve.api_key, admin_key=serve.admin_key)
 

@@ -193,6 +193,11 @@ class ServeConfig(Section):
     broadcast_bucket_mb: PositiveInt = 512
     """MiB per broadcast, at most, unless one tensor is larger; an engine needs this much free memory for it."""
 
+    @property
+    def starts_engines(self) -> bool:
+        """Otherwise it attaches to servers that others started, which serve what they serve."""
+        return not self.urls and self.router_url is None
+
     @model_validator(mode="after")
     def _check(self) -> "ServeConfig":
         if self.tokens_per_turn > self.tokens:

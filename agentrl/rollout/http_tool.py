@@ -18,15 +18,13 @@ import aiohttp
 from pydantic import BaseModel, ConfigDict, Field
 
 from agentrl.errors import ToolBusy, ToolError, ToolInfraError
+from agentrl.process import REUSED_WITHIN_S
 from agentrl.protocols import ToolContext, ToolResult
 from agentrl.rollout.env_values import EnvValues
 
 NOT_THE_MODELS_ERROR = frozenset({401, 402, 403, 407, 408, 425, 429})
 """4xx that say something about this client: its credentials, its bill, its pace."""
 CONNECT_TIMEOUT_S = 10.0
-_KEPT_S = 4.0
-"""Idle connections are used again for so long: shorter than common servers keep them (uvicorn: 5 s), since a POST that meets a
-connection being closed is lost, and may not be sent again."""
 _ERROR_CHARS = 2000
 """Of an error's body, for the model."""
 _PLACEHOLDER = re.compile(r"(?<!\$)\{(\w+)\}")
@@ -202,7 +200,7 @@ class HttpTool:
         loop = asyncio.get_running_loop()
         if self._held is None or self._held[0] is not loop:
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)
-            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEPT_S)
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=REUSED_WITHIN_S)
             self._held = (loop, aiohttp.ClientSession(connector=connector, timeout=timeout, cookie_jar=aiohttp.DummyCookieJar()))
         return self._held[1]
 

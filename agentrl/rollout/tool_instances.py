@@ -3,13 +3,16 @@
 import asyncio
 import inspect
 import json
+import logging
 import uuid
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from types import SimpleNamespace
 from typing import Any, Protocol, SupportsFloat
 
 from agentrl.protocols import ToolContext, ToolResult
 from agentrl.rollout.tool import Signature
+
+logger = logging.getLogger(__name__)
 
 
 class ToolInstance(Protocol):
@@ -106,6 +109,14 @@ def _takes(function: Any, name: str) -> bool:
     except (TypeError, ValueError):
         return False
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+async def close_quietly(closing: Awaitable[None], name: str) -> None:
+    """Await the end of a tool's object. What was done with it stands, whatever goes wrong; a leak is worth a warning."""
+    try:
+        await closing
+    except Exception as error:  # noqa: BLE001  # foreign code
+        logger.warning("tool_close_failed tool=%s: %s: %s. Its resources may leak", name, type(error).__name__, error)
 
 
 async def awaited(value: Any) -> Any:

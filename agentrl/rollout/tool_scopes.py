@@ -4,15 +4,12 @@ For a trajectory is the rule, and `ToolSession` keeps it. Here are the other two
 """
 
 import asyncio
-import logging
 from collections.abc import Callable
 from typing import Any, Literal
 
 from agentrl.errors import ToolError, ToolInfraError
 from agentrl.protocols import ToolContext
-from agentrl.rollout.tool_instances import ToolInstance
-
-log = logging.getLogger(__name__)
+from agentrl.rollout.tool_instances import ToolInstance, close_quietly
 
 ToolScope = Literal["call", "trajectory", "worker"]
 
@@ -40,7 +37,7 @@ class PerCall:
                 raise ToolInfraError(f"tool `{self._name}` did not open: {error}") from error
             return await instance.call(arguments)
         finally:
-            await _close(instance, self._name)
+            await close_quietly(instance.close(), self._name)
 
     async def close(self) -> None:
         return
@@ -75,7 +72,7 @@ class PerWorker:
                 try:
                     await owned.open()
                 except BaseException:
-                    await _close(owned, self._name)
+                    await close_quietly(owned.close(), self._name)
                     raise
                 self._open = made
         return self._instance_of(self._open, context)
@@ -84,7 +81,7 @@ class PerWorker:
         """Close the object, if a call opened it."""
         made, self._open = self._open, None
         if made is not None:
-            await _close(self._instance_of(made, _nobodys()), self._name)
+            await close_quietly(self._instance_of(made, _nobodys()).close(), self._name)
 
 
 class _Borrowed:
@@ -107,10 +104,3 @@ class _Borrowed:
 
 def _nobodys() -> ToolContext:
     return ToolContext(trajectory_id="", task_id="", sample_index=-1)
-
-
-async def _close(instance: ToolInstance, name: str) -> None:
-    try:
-        await instance.close()
-    except Exception as error:  # noqa: BLE001  # foreign code; the call's outcome stands
-        log.warning("tool_close_failed tool=%s: %s: %s. Its resources may leak", name, type(error).__name__, error)

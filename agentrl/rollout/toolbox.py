@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeAlias, cast
 from agentrl.errors import AgentRLError, ConfigError, DeadlineExceeded, RolloutError, ToolBusy, ToolError, ToolInfraError
 from agentrl.protocols import ToolContext, ToolResult
 from agentrl.rollout.tool import ArgumentError, Arguments, ToolSchema
-from agentrl.rollout.tool_instances import FunctionInstance, ToolInstance, as_result, awaited
+from agentrl.rollout.tool_instances import FunctionInstance, ToolInstance, as_result, awaited, close_quietly
 from agentrl.rollout.tool_limits import RateLimit, ResultCache, ToolLimits, backoff_s, cache_key
 from agentrl.rollout.tool_parsers import FoundCall, ParseFailure
 from agentrl.rollout.tool_stats import ToolStats
@@ -436,10 +436,7 @@ async def _attempts(
 
 
 async def _close(instance: ToolInstance, name: str) -> None:
-    try:
-        await bounded(instance.close(), CLOSE_TIMEOUT_S, f"tool:{name} close")
-    except Exception as error:  # noqa: BLE001  # the rollout's outcome stands; a leak is worth a warning
-        logger.warning("tool_close_failed tool=%s: %s: %s. Its resources may leak", name, type(error).__name__, error)
+    await close_quietly(bounded(instance.close(), CLOSE_TIMEOUT_S, f"tool:{name} close"), name)
 
 
 def _first_rollout_error(errors: BaseExceptionGroup[BaseException]) -> RolloutError | None:

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple, TypeAlias
 import httptools
 from yarl import URL
 
-_KEPT_S = 4.0
-"""Idle connections are used again for so long. Uvicorn closes them after 5 s, and what is sent into a closing connection is lost."""
+from agentrl.process import REUSED_WITHIN_S
+
 _MAX_HEAD = 64 << 10
 """Bytes of an answer's head; more is no HTTP."""
 
@@ -97,7 +97,7 @@ class EngineConnections:
 
     def _take_idle(self) -> "_Connection | None":
         """The one that was used last: what it leaves to grow old is closed when it is met."""
-        oldest = asyncio.get_running_loop().time() - _KEPT_S
+        oldest = asyncio.get_running_loop().time() - REUSED_WITHIN_S
         while self._idle:
             connection = self._idle.pop()
             if connection.can_be_kept and connection.idle_since >= oldest:

@@ -205,10 +205,8 @@ class Server:
 
     def legal_labels(self, visit: Visit) -> set[str]:
         """The same and the one being installed, which may still turn out otherwise."""
-        verified = self.verified_labels(visit)
-        if self.installing is None and not self.announced:
-            return verified
-        return verified | self.announced | {label for label in (self.installing,) if label is not None}
+        legal = self.verified_labels(visit) | self.announced
+        return legal if self.installing is None else legal | {self.installing}
 
     def begin(self, visit: Visit) -> None:
         """A request goes out. ``end`` must follow, whatever happens."""

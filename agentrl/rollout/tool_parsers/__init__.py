@@ -32,8 +32,8 @@ class ToolParser(Protocol):
     """Strings with which the markup of a call can begin: what is shown while it is sampled stops there."""
     line_openers: tuple[str, ...]
     """The same for strings that only count as the first of a line: brackets, in formats that mark calls with nothing else."""
-    # A parser may also name its `reasoning`, the tags that begin reasoning and those that end it (default: <think>), and its `closers`, strings with which a call ends: a streamed answer shows calls without fault when
-    # one was sampled. What `find_calls` gives for a text up to there, before the first failure, must then be the beginning of
+    # A parser may also name its `reasoning`, the tags that begin reasoning and those that end it (default: <think>), and its
+    # `closers`, strings with which a call ends: a streamed answer shows calls without fault when one was sampled. What `find_calls` gives for a text up to there, before the first failure, must then be the beginning of
     # what it gives for any longer text. Without them, calls are shown when the turn is over.
 
     def find_calls(self, text: str, *, is_cut: bool = False) -> list[FoundCall]:

@@ -37,9 +37,8 @@ def _finite(written: str) -> float:
     return number
 
 
-DECODER = json.JSONDecoder(
-    strict=False, parse_constant=_no_constant, parse_float=_finite
-)  # not strict: raw newlines in strings (code)
+# Not strict: raw newlines in strings (code).
+DECODER = json.JSONDecoder(strict=False, parse_constant=_no_constant, parse_float=_finite)
 
 
 def skip_space(text: str, start: int) -> int:

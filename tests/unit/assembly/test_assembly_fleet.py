@@ -11,6 +11,7 @@ from agentrl.assembly.fleet import FleetFollower, FleetOwner, Keyring
 from agentrl.serving.server_manager import AsyncLLMServerManager
 from agentrl.stream.fleet_board import FleetState, Posted, PostedServer
 from agentrl.testing.fake_sglang import FakeSGLang, pseudo_tokens
+from agentrl.testing.waits import until
 from agentrl.types import Generation, SamplingParams
 
 PROMPT = [7, 8, 9]
@@ -74,12 +75,6 @@ async def followed(
             following.cancel()
             asked.cancel()
             await asyncio.gather(following, asked, return_exceptions=True)
-
-
-async def until(condition: Callable[[], bool], limit_s: float = 120.0) -> None:
-    async with asyncio.timeout(limit_s):
-        while not condition():
-            await asyncio.sleep(0.002)
 
 
 @pytest.mark.asyncio

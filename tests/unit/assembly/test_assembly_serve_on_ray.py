@@ -13,6 +13,7 @@ from agentrl.serving.engine_process import EmbeddedEngineSpec
 from agentrl.serving.server_manager import AsyncLLMServerManager
 from agentrl.telemetry.run_dir import RunDir
 from agentrl.testing.clock import pass_time
+from agentrl.testing.waits import until
 
 pytest.importorskip("ray", reason="needs the extra `ray`")
 
@@ -72,14 +73,10 @@ async def test_an_engine_actor_that_no_longer_reports_is_made_again(tmp_path: An
             on_change=lambda _: None,
         )  # fmt: skip
         running = asyncio.ensure_future(engines.run())
-        async with asyncio.timeout(120):
-            while hung.num_asked < 2:
-                await asyncio.sleep(0.005)
+        await until(lambda: hung.num_asked >= 2)
         assert manager.urls == [hung.url]
         pass_time(1000)
-        async with asyncio.timeout(120):
-            while manager.urls != [fresh.url]:
-                await asyncio.sleep(0.005)
+        await until(lambda: manager.urls == [fresh.url])
         assert killed == [hung]
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)

@@ -10,6 +10,7 @@ from agentrl.errors import ConfigError, ToolInfraError
 from agentrl.plugins import load_object
 from agentrl.rollout.tool_loading import load_tools
 from agentrl.rollout.toolbox import Toolbox
+from agentrl.testing.waits import until
 from agentrl.types import Task, ToolCall
 
 TOOLS_FILE = '''
@@ -103,8 +104,7 @@ async def test_an_object_of_the_worker_is_opened_once_serves_all_rollouts_and_is
 async def test_rollouts_do_not_wait_for_each_others_calls_of_the_workers_object(project: Path) -> None:
     box, log = make(project, "Counter", "worker"), log_of(project)
     waiting = asyncio.create_task(ask(box, "a", call(wait=True)))
-    while "waits" not in log:
-        await asyncio.sleep(0)
+    await until(lambda: "waits" in log)
     assert await ask(box, "b", call()) == ["2 for b"]
     load_object("scoped:GATE", root=project).set()
     assert await waiting == ["2 for a"]
